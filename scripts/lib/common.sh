@@ -66,7 +66,7 @@ logged() {
 	while kill -0 "$pid" 2>/dev/null; do
 		sleep 0.2
 		if (($(now_us) - start > next * 1000000)); then
-			info "... $next s: $(tail -n 1 -- "$log" 2>/dev/null | tr -cd '[:print:]' | cut -c 1-90)"
+			info "... after $next s: $(tail -n 1 -- "$log" 2>/dev/null | tr -cd '[:print:]' | cut -c 1-90)"
 			next=$((next + 10))
 		fi
 	done
@@ -146,10 +146,10 @@ need_packages() {
 	log=$CACHE_DIR/apt-install.$$.log
 	on_exit rm -f -- "$log"
 	if [[ -z $_apt_updated ]]; then
-		logged "$log" apt-get -o Acquire::Retries=3 update || fail "apt-get update failed"
+		logged "$log" apt-get -o Acquire::Retries=3 -o DPkg::Lock::Timeout=300 update || fail "apt-get update failed"
 		_apt_updated=1
 	fi
-	logged "$log" env DEBIAN_FRONTEND=noninteractive apt-get -o Acquire::Retries=3 -o Dpkg::Use-Pty=0 \
+	logged "$log" env DEBIAN_FRONTEND=noninteractive apt-get -o Acquire::Retries=3 -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0 \
 		install -y --no-install-recommends "${missing[@]}" ||
 		fail "apt-get could not install ${missing[*]}"
 }
@@ -219,7 +219,8 @@ _drop_unless_done() { [[ ! -d $1 ]] || rm -rf -- "$1"; }
 #   apt_private get|cache ARG...          apt-get / apt-cache in that world
 #   apt_versions PKG                      "version suite" lines, newest first
 #   apt_newest PKG [SUITE...]             the newest version (in these suites), or nothing
-#   apt_fetch DIR PKG[=VERSION]           downloads one .deb into DIR, prints its path
+#   apt_fetch DIR PKG[=VERSION]...        downloads .debs into DIR, prints their paths
+#   apt_closure REGEX PKG...              PKGs and what they depend on, dependencies only as far as their name matches REGEX
 #   apt_fetch_source DIR PKG[=VERSION]    downloads a source package (unpacked needs dpkg-dev; it is not unpacked), prints the .dsc
 #   apt_source_versions PKG               versions of a source package, newest first
 APT_CONF='' APT_SUITES=()
@@ -263,13 +264,13 @@ _apt_archive='' _apt_security=''
 _apt_mirrors() {
 	local release uri
 	[[ -z $_apt_archive ]] || return 0
+	# shellcheck disable=SC2016 # apt expands $(...), not the shell
 	while IFS='|' read -r release uri; do
 		uri=${uri%/}
 		case $release in
 		*-security) _apt_security=${_apt_security:-$uri} ;;
 		*) [[ $uri == */debian ]] && _apt_archive=${_apt_archive:-$uri} ;;
 		esac
-	# shellcheck disable=SC2016 # apt expands these, not the shell
 	done < <(apt-get indextargets --format '$(RELEASE)|$(REPO_URI)' 'Created-By: Packages' 2>/dev/null | sort -u)
 	[[ -n $_apt_archive ]] || fail "found no Debian mirror (a URI that ends in /debian) in this machine's apt sources"
 	_apt_security=${_apt_security:-${_apt_archive%/debian}/debian-security}
@@ -359,11 +360,12 @@ apt_source_versions() {
 	apt_private cache showsrc --only-source "$1" 2>/dev/null | awk '$1 == "Version:" {print $2}' | sort -uV -r
 }
 
-# apt_fetch DIR PKG[=VERSION]: prints the path of the .deb.
+# apt_fetch DIR PKG[=VERSION]...: prints the paths of the .debs.
 apt_fetch() {
-	local dir=$1 what=$2 tmp deb
+	local dir=$1 tmp deb
+	shift
 	tmp=$(mktemp -d "$dir/.fetch.XXXXXX")
-	if ! (cd "$tmp" && apt_private get -q download "$what") >&2; then
+	if ! (cd "$tmp" && apt_private get -qq download "$@") >&2; then
 		rm -rf -- "$tmp"
 		return 1
 	fi
@@ -377,6 +379,22 @@ apt_fetch() {
 # apt_fetch_source DIR PKG[=VERSION]: prints the path of the .dsc.
 apt_fetch_source() {
 	local dir=$1 what=$2
-	(cd "$dir" && apt_private get -q source --download-only --only-source "$what") >&2 || return 1
+	(cd "$dir" && apt_private get -qq source --download-only --only-source "$what") >&2 || return 1
 	find "$dir" -maxdepth 1 -name "${what%%=*}_*.dsc" -printf '%T@ %p\n' | sort -rn | sed -n '1s/^[^ ]* //p'
+}
+
+# apt_closure REGEX PKG[=VERSION]...: one name per line. Alternatives are all taken.
+apt_closure() {
+	local want=$1 todo=() next
+	local -A seen=()
+	shift
+	todo=("$@")
+	while ((${#todo[@]})); do
+		for next in "${todo[@]}"; do seen[$next]=1; done
+		mapfile -t todo < <(apt_private cache depends --no-recommends --no-suggests --no-conflicts --no-breaks \
+			--no-replaces --no-enhances "${todo[@]}" |
+			sed -nE 's/^ [ |](Pre)?Depends: ([^<:]+)(:any)?$/\2/p' | grep -E "$want" | sort -u |
+			while read -r next; do [[ -n ${seen[$next]:-} ]] || echo "$next"; done)
+	done
+	printf '%s\n' "${!seen[@]}" | sort
 }
