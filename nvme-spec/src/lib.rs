@@ -36,8 +36,14 @@ extern crate std;
 #[macro_use]
 mod macros;
 
+pub mod admin;
 pub mod command;
 pub mod doorbell;
+pub mod event;
+pub mod feature;
+pub mod identify;
+pub mod log;
+pub mod nvm;
 pub mod opcode;
 pub mod prp;
 pub mod regs;

@@ -66,7 +66,6 @@ macro_rules! layout {
 }
 
 /// `Default` as all zeroes, for structures with arrays too long for `derive(Default)`.
-#[allow(unused_macros)]
 macro_rules! zero_default {
     ($($Type:ty),* $(,)?) => {
         $(
