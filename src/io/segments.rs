@@ -1,0 +1,142 @@
+//! From PRPs to pieces of host memory.
+
+use nvme_spec::Status;
+use nvme_spec::prp::{self, PageSize, ReadList, Segment};
+
+use crate::memory::{GuestMap, HostSeg};
+
+/// Most pieces a transfer can have: 1 MiB in pages of 4 KiB, with an offset.
+pub const MAX_SEGMENTS: usize = (1 << 20) / 4096 + 1;
+
+/// Memory page size: CC.MPS is always 0.
+const PAGE: PageSize = PageSize::K4;
+
+/// PRP lists of a guest.
+struct Lists<'a>(&'a GuestMap);
+
+impl ReadList for Lists<'_> {
+    fn read(&mut self, addr: u64, entries: &mut [u64]) -> Result<(), Status> {
+        if self
+            .0
+            .read(addr, zerocopy::IntoBytes::as_mut_bytes(entries))
+        {
+            Ok(())
+        } else {
+            Err(Status::DATA_TRANSFER_ERROR)
+        }
+    }
+}
+
+/// A list of segments that grows in place.
+pub struct Fill<'a> {
+    room: &'a mut [HostSeg],
+    used: usize,
+}
+
+impl<'a> Fill<'a> {
+    /// Fill `room` from the front.
+    pub fn new(room: &'a mut [HostSeg]) -> Self {
+        Self { room, used: 0 }
+    }
+
+    fn push(&mut self, seg: HostSeg) -> Result<(), Status> {
+        // Can only run out when a page spans regions at odd places, which no real guest's memory does.
+        let slot = self
+            .room
+            .get_mut(self.used)
+            .ok_or(Status::DATA_TRANSFER_ERROR)?;
+        *slot = seg;
+        self.used += 1;
+        Ok(())
+    }
+}
+
+/// Resolve a transfer of `bytes` bytes to host memory; returns the number of segments.
+///
+/// # Errors
+///
+/// [`Status::INVALID_PRP_OFFSET`] for a PRP with a wrong offset, [`Status::DATA_TRANSFER_ERROR`] for one that is no guest
+/// memory.
+#[inline]
+pub fn resolve(
+    map: &GuestMap,
+    prp1: u64,
+    prp2: u64,
+    bytes: u32,
+    mut fill: Fill<'_>,
+) -> Result<usize, Status> {
+    prp::walk(
+        PAGE,
+        prp1,
+        prp2,
+        bytes,
+        &mut Lists(map),
+        &mut |segment: Segment| {
+            let mut at = segment.addr;
+            let mut left = segment.len as usize;
+            while left > 0 {
+                let seg = map.resolve(at, left).ok_or(Status::DATA_TRANSFER_ERROR)?;
+                fill.push(seg)?;
+                left -= seg.len();
+                // The walker checked that the segment does not wrap.
+                at = at.wrapping_add(seg.len() as u64);
+            }
+            Ok(())
+        },
+    )?;
+    Ok(fill.used)
+}
+
+/// Copy a command's data into a buffer of ours.
+///
+/// # Errors
+///
+/// As [`resolve`].
+pub fn copy_in(map: &GuestMap, prp1: u64, prp2: u64, out: &mut [u8]) -> Result<(), Status> {
+    let len = u32::try_from(out.len()).map_err(|_| Status::INVALID_FIELD)?;
+    let mut done = 0usize;
+    prp::walk(
+        PAGE,
+        prp1,
+        prp2,
+        len,
+        &mut Lists(map),
+        &mut |segment: Segment| {
+            let end = done + segment.len as usize;
+            let piece = out.get_mut(done..end).ok_or(Status::INTERNAL_ERROR)?;
+            done = end;
+            if map.read(segment.addr, piece) {
+                Ok(())
+            } else {
+                Err(Status::DATA_TRANSFER_ERROR)
+            }
+        },
+    )
+}
+
+/// Copy a buffer of ours to a command's data.
+///
+/// # Errors
+///
+/// As [`resolve`]; a part may have been written.
+pub fn copy_out(map: &GuestMap, prp1: u64, prp2: u64, data: &[u8]) -> Result<(), Status> {
+    let len = u32::try_from(data.len()).map_err(|_| Status::INVALID_FIELD)?;
+    let mut done = 0usize;
+    prp::walk(
+        PAGE,
+        prp1,
+        prp2,
+        len,
+        &mut Lists(map),
+        &mut |segment: Segment| {
+            let end = done + segment.len as usize;
+            let piece = data.get(done..end).ok_or(Status::INTERNAL_ERROR)?;
+            done = end;
+            if map.write(segment.addr, piece) {
+                Ok(())
+            } else {
+                Err(Status::DATA_TRANSFER_ERROR)
+            }
+        },
+    )
+}
