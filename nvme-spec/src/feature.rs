@@ -68,6 +68,8 @@ open_enum! {
         SPINUP_CONTROL = 0x1A,
         /// Power Loss Signaling Config.
         POWER_LOSS_SIGNALING = 0x1B,
+        /// Performance Characteristics.
+        PERFORMANCE_CHARACTERISTICS = 0x1C,
         /// Flexible Data Placement.
         FLEXIBLE_DATA_PLACEMENT = 0x1D,
         /// Flexible Data Placement Events.
@@ -92,6 +94,8 @@ open_enum! {
         RESERVATION_PERSISTENCE = 0x83,
         /// Namespace Write Protection Config: [`WriteProtect`].
         NAMESPACE_WRITE_PROTECTION = 0x84,
+        /// Boot Partition Write Protection Config.
+        BOOT_PARTITION_WRITE_PROTECTION = 0x85,
     }
 }
 

@@ -16,22 +16,16 @@
 //!   accessors are total.
 #![no_std]
 #![forbid(unsafe_code)]
-#![cfg_attr(
-    not(test),
-    deny(
-        clippy::arithmetic_side_effects,
-        clippy::expect_used,
-        clippy::indexing_slicing,
-        clippy::panic,
-        clippy::unwrap_used
-    )
+#![deny(
+    clippy::arithmetic_side_effects,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::unwrap_used
 )]
 
 #[cfg(not(target_endian = "little"))]
 compile_error!("nvme-spec maps little-endian wire structures to plain integers");
-
-#[cfg(test)]
-extern crate std;
 
 #[macro_use]
 mod macros;

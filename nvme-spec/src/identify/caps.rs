@@ -340,10 +340,12 @@ pub struct Nsfeat {
     pub uid_reuse: bool,
     /// NPWG, NPWA, NPDG, NPDA and NOWS are valid (OPTPERF, low bit).
     pub optperf: bool,
+    /// NPDGL and NPDAL of the NVM specific structure are valid (OPTPERF, high bit).
+    pub optperf_large: bool,
     /// Multiple Atomicity Mode.
     pub multi_atomicity: bool,
-    #[bits(2)]
-    __: u8,
+    /// NPRG, NPRA and NORS of the NVM specific structure are valid (OPTRPERF).
+    pub optrperf: bool,
 }
 
 /// Formatted LBA Size (FLBAS).

@@ -291,9 +291,9 @@ pub struct IdentifyController {
     pub mcudmq: u16,
     /// Maximum NVM Subsystem User Data Migration Queues.
     pub mnsudmq: u16,
-    /// Maximum Controller Data Migration Controllers.
+    /// Maximum Controller Data Queue Memory Ranges.
     pub mcmr: u16,
-    /// NVM Subsystem Maximum Migrating Controllers.
+    /// NVM Subsystem Maximum Controller Data Queue Memory Ranges.
     pub nmcmr: u16,
     /// Maximum Controller Data Queue PRP Count.
     pub mcdqpc: u16,

@@ -129,9 +129,18 @@ layout!(IdentifyNamespace, 4096, ncap @ 8, nuse @ 16, nsfeat @ 24, nlbaf_z @ 25,
     nvmsetid @ 100, endgid @ 102, nguid @ 104, eui64 @ 120, lbaf @ 128, vs @ 384);
 
 impl IdentifyNamespace {
-    /// The LBA format in use; `None` if FLBAS names one beyond the 64 there are (it cannot).
+    /// The LBA format in use; `None` if FLBAS names one beyond the formats there are.
+    ///
+    /// The high bits of the index count only for a namespace with more than 16 formats.
     pub fn current_format(&self) -> Option<&LbaFormat> {
-        self.lbaf.get(usize::from(self.flbas.index()))
+        let index = match self.nlbaf_z {
+            0..=15 => self.flbas.index_low(),
+            _ => self.flbas.index(),
+        };
+        if index > self.nlbaf_z {
+            return None;
+        }
+        self.lbaf.get(usize::from(index))
     }
 }
 

@@ -32,7 +32,7 @@ pub struct NvmControllerIdentify {
     pub aocs: u16,
     /// Version of the NVM Command Set.
     pub ver: u32,
-    /// LBA Migration Queue Entry Size.
+    /// LBA Migration Queue Format.
     pub lbamqf: u8,
     /// Reserved.
     pub rsvd25: [u8; 4071],
@@ -66,7 +66,7 @@ pub struct NvmNamespaceIdentify {
     pub nors: u32,
     /// Namespace Preferred Deallocate Alignment Large, in logical blocks.
     pub npdal: u32,
-    /// LBA Tracked per Entry.
+    /// LBA Format Placement Shard Size.
     pub lbapss: u32,
     /// Tracked LBA Allocation Granularity.
     pub tlbaag: u32,

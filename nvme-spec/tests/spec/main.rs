@@ -1,0 +1,12 @@
+//! Tests of the specification crate, through its public interface only.
+
+mod commands;
+mod doorbell;
+mod golden;
+mod identify;
+mod log;
+mod prp;
+mod prp_hostile;
+mod prp_model;
+mod ring;
+mod status;
