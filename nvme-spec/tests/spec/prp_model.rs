@@ -172,7 +172,7 @@ prop_compose! {
     ) -> Transfer {
         let page = PageSize::from_mps(mps).unwrap();
         let size = u64::from(page.bytes());
-        let offset = offset % page.bytes() & !3;
+        let offset = (offset % page.bytes()) & !3;
         let touched = (u64::from(offset) + u64::from(len)).div_ceil(size);
         let mut pages: Vec<u64> = Vec::new();
         for i in 0..touched {
