@@ -272,3 +272,24 @@ _build_stock_qemu() {
 	chmod 755 "$out/qemu-system-x86_64"
 	info "$("$out/qemu-system-x86_64" --version | sed -n 1p)"
 }
+
+# guest_test_cpio FILE COMMAND...: packs the scripts of guest-tests/guest and a run.sh that runs the commands in /test, all of them
+# even if one fails, and ends with status 1 if any did.
+# shellcheck disable=SC2016 # the guest's shell expands them
+guest_test_cpio() {
+	local file=$1 tmp command
+	shift
+	temp_dir tmp
+	mkdir -p "$tmp/test"
+	cp "$_guest_dir/../../guest-tests/guest/"*.sh "$tmp/test/"
+	{
+		echo 'bad=0'
+		for command in "$@"; do
+			printf 'start=$SECONDS\n%s || { bad=1; echo %q; }\necho "time: $((SECONDS - start)) s for" %q\n' \
+				"$command" "guest: '$command' failed" "$command"
+		done
+		echo 'exit $bad'
+	} >"$tmp/test/run.sh"
+	make_test_cpio "$tmp" "$file"
+	rm -rf -- "$tmp"
+}

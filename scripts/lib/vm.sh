@@ -92,7 +92,7 @@ vm_start() {
 		-machine "q35,memory-backend=mem${machine:+,$machine}" -accel "$_vm_accel" -cpu "$cpu" -smp "$smp" -m "$mem"
 		-object "$backend"
 		-kernel "$GUEST_VMLINUZ" -initrd "$VM_OUT/initrd"
-		-append "${console[*]} panic=-1 loglevel=5 ${append}"
+		-append "${console[*]} panic=-1 loglevel=5 iomem=relaxed ${append}"
 		-chardev "pipe,id=qmp,path=$VM_OUT/qmp" -mon chardev=qmp,mode=control
 		-chardev "file,id=results,path=$VM_OUT/results.tar"
 	)
