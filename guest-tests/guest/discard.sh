@@ -4,11 +4,11 @@
 . "$(dirname -- "$0")/lib.sh"
 subject "$@"
 
-region=$((16 << 20))
+region=$((4 << 20))
 # nonzero OFFSET LENGTH: how many bytes of the range are not zero, read from the device
 nonzero() { dd if="$NS_DEV" iflag=direct,skip_bytes,count_bytes bs=64k skip="$1" count="$2" 2>/dev/null | tr -d '\0' | wc -c; }
 sum() { dd if="$NS_DEV" iflag=direct,skip_bytes,count_bytes bs=64k skip="$1" count="$2" 2>/dev/null | md5sum; }
-fill() { head -c "$2" /dev/zero | tr '\0' '\245' | dd of="$NS_DEV" oflag=direct,seek_bytes iflag=fullblock bs=1M seek="$1" 2>/dev/null; }
+fill() { head -c "$2" /dev/zero | tr '\0' '\245' | dd of="$NS_DEV" oflag=direct,seek_bytes iflag=fullblock bs=256k seek="$1" 2>/dev/null; }
 
 if [[ $(<"/sys/block/$NS/queue/discard_max_bytes") == 0 ]]; then
 	skip discard "the namespace has no deallocate"

@@ -16,8 +16,8 @@ start_fio() {
 	fio_pid=$!
 	sleep 0.7
 }
-# writes for about 4 s at a steady rate, then reads all of it back and checks it
-steady=(--iodepth=8 --size=6m --rate_iops=300 --verify=crc32c --verify_fatal=1 --do_verify=1)
+# writes for about 3 s at a steady rate, then reads all of it back and checks it
+steady=(--iodepth=8 --size=4m --rate_iops=400 --verify=crc32c --verify_fatal=1 --do_verify=1)
 # as much as goes, until an error ends it
 full=(--iodepth=32 --size=32m --norandommap --time_based --runtime=15)
 fio_runs() { kill -0 "$fio_pid" 2>/dev/null; }

@@ -6,6 +6,8 @@
 #   guest_kernel SERIES            SERIES is 6.1, 6.12 or 7.x: GUEST_VMLINUZ, GUEST_MODULES (cpio), GUEST_RELEASE
 #   make_test_cpio DIR FILE        packs a tree whose /test/run.sh is what the guest runs
 #   collect_binary TREE BIN [ROOT] puts a dynamically linked program with its libraries and loader into TREE
+#   guest_test_tree, guest_test_cpio   the scripts of guest-tests/guest with a list of commands, as a tree or as a cpio
+#   collect_qemu, guest_l2_tree    what a guest needs to run a guest of its own (guest-tests/guest/l2.sh)
 #   stock_qemu                     STOCK_QEMU=<path>: Debian's newest QEMU, unpacked, not installed
 # shellcheck disable=SC2034 # the results are for the scripts that source this
 
@@ -273,15 +275,14 @@ _build_stock_qemu() {
 	info "$("$out/qemu-system-x86_64" --version | sed -n 1p)"
 }
 
-# guest_test_cpio FILE COMMAND...: packs the scripts of guest-tests/guest and a run.sh that runs the commands in /test, all of them
-# even if one fails, and ends with status 1 if any did.
+# guest_test_tree TREE COMMAND...: puts the scripts of guest-tests/guest into TREE/test and a run.sh that runs the commands in /test,
+# all of them even if one fails, and ends with status 1 if any did.
 # shellcheck disable=SC2016 # the guest's shell expands them
-guest_test_cpio() {
-	local file=$1 tmp command
+guest_test_tree() {
+	local tree=$1 command
 	shift
-	temp_dir tmp
-	mkdir -p "$tmp/test"
-	cp "$_guest_dir/../../guest-tests/guest/"*.sh "$tmp/test/"
+	mkdir -p "$tree/test"
+	cp "$_guest_dir/../../guest-tests/guest/"*.sh "$tree/test/"
 	{
 		echo 'bad=0'
 		for command in "$@"; do
@@ -289,7 +290,50 @@ guest_test_cpio() {
 				"$command" "guest: '$command' failed" "$command"
 		done
 		echo 'exit $bad'
-	} >"$tmp/test/run.sh"
+	} >"$tree/test/run.sh"
+}
+
+# guest_test_cpio FILE COMMAND...: the same as a cpio, where nothing else is to go in.
+guest_test_cpio() {
+	local file=$1 tmp
+	shift
+	temp_dir tmp
+	guest_test_tree "$tmp" "$@"
 	make_test_cpio "$tmp" "$file"
 	rm -rf -- "$tmp"
+}
+
+# ---------------------------------------------------------------- a guest in the guest
+
+# collect_qemu TREE BIN ROOT FIRMWARE-DIR...: a QEMU as /bin/qemu in TREE, with the firmware that -kernel needs. ROOT as for
+# collect_binary (empty: this machine).
+collect_qemu() {
+	local tree=$1 bin=$2 root=$3 file dir found name
+	shift 3
+	collect_binary "$tree" "$bin" "$root"
+	name=$(basename "$bin")
+	mkdir -p "$tree/opt/firmware"
+	for file in bios-256k.bin linuxboot_dma.bin kvmvapic.bin; do
+		found=
+		for dir in "$@"; do
+			if [[ -e $dir/$file ]]; then
+				cp -L "$dir/$file" "$tree/opt/firmware/"
+				found=1
+				break
+			fi
+		done
+		[[ -n $found ]] || fail "no $file in: $*"
+	done
+	printf '#!/bin/sh\nexec /bin/%s -L /opt/firmware "$@"\n' "$name" >"$tree/bin/qemu"
+	chmod 755 "$tree/bin/qemu"
+}
+
+# guest_l2_tree TREE SERIES FILE: what guest-tests/guest/l2.sh boots: the kernel, and the userland with the test cpio FILE.
+guest_l2_tree() {
+	local tree=$1
+	guest_userland
+	guest_kernel "$2"
+	mkdir -p "$tree/l2"
+	cp "$GUEST_VMLINUZ" "$tree/l2/vmlinuz"
+	cat -- "$GUEST_USERLAND" "$GUEST_MODULES" "$3" >"$tree/l2/initrd"
 }
