@@ -4,6 +4,16 @@
 //! [`Channel`] is the data side: one for each poller, used by that thread alone, without locks. They are enums, so that a poller calls
 //! the store it has, not a table of functions.
 
+pub mod geometry;
+mod memory;
+mod null;
+mod select;
+mod wake;
+
+pub use memory::{HugePages, MemoryBackend, MemoryChannel, MemoryOptions};
+pub use null::{NullBackend, NullChannel, NullOptions};
+pub use select::{AnyChannel, Backend};
+
 use std::io;
 use std::os::fd::BorrowedFd;
 
@@ -145,14 +155,4 @@ pub struct OpenError {
     /// The cause, where there is one.
     #[source]
     pub source: Option<io::Error>,
-}
-
-/// The store of a namespace.
-pub enum Backend {}
-
-impl Backend {
-    /// What it looks like.
-    pub fn geometry(&self) -> Geometry {
-        match *self {}
-    }
 }

@@ -9,9 +9,11 @@
 mod map;
 mod ring;
 mod seg;
+mod store;
 mod window;
 
 pub use map::{GuestMap, MapError, Region};
 pub use ring::{Ring, SharedWord};
 pub use seg::{Buffers, HostSeg};
+pub use store::Store;
 pub use window::DoorbellWindow;

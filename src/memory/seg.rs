@@ -148,7 +148,12 @@ impl<'a> Buffers<'a> {
     }
 
     /// Call `f(pointer, bytes done before, bytes here)` for the pieces of `[offset, offset + len)`.
-    fn each(&self, offset: usize, len: usize, mut f: impl FnMut(*mut u8, usize, usize)) -> usize {
+    pub(super) fn each(
+        &self,
+        offset: usize,
+        len: usize,
+        mut f: impl FnMut(*mut u8, usize, usize),
+    ) -> usize {
         let mut skip = offset;
         let mut done = 0;
         for seg in self.segs {

@@ -1,0 +1,130 @@
+//! One type for all backends and one for their channels: a `match` instead of a table of functions.
+
+#![expect(unsafe_code, reason = "implements the unsafe `Channel::submit`")]
+
+use std::os::fd::BorrowedFd;
+
+use super::memory::{MemoryBackend, MemoryChannel, MemoryOptions};
+use super::null::{NullBackend, NullChannel, NullOptions};
+use super::{Cancelled, Channel, Finished, Geometry, OpenError, Request, Submitted, Tag};
+
+/// The store of a namespace. Shared; what pollers use are its channels.
+pub enum Backend {
+    /// Stores nothing.
+    Null(NullBackend),
+    /// In memory.
+    Memory(MemoryBackend),
+}
+
+impl Backend {
+    /// A store that moves no data.
+    ///
+    /// # Errors
+    ///
+    /// A size or block size that cannot be.
+    pub fn null(options: NullOptions) -> Result<Self, OpenError> {
+        NullBackend::new(options).map(Self::Null)
+    }
+
+    /// A store in memory.
+    ///
+    /// # Errors
+    ///
+    /// A size or block size that cannot be, or memory that cannot be had.
+    pub fn memory(options: MemoryOptions) -> Result<Self, OpenError> {
+        MemoryBackend::new(options).map(Self::Memory)
+    }
+
+    /// What it looks like.
+    pub fn geometry(&self) -> Geometry {
+        match self {
+            Self::Null(b) => b.geometry,
+            Self::Memory(b) => b.geometry,
+        }
+    }
+
+    /// A channel for one poller, on which tags below `depth` may be pending at a time.
+    ///
+    /// # Errors
+    ///
+    /// Resources of the kernel that cannot be had.
+    pub fn channel(&self, depth: u32) -> Result<AnyChannel, OpenError> {
+        Ok(match self {
+            Self::Null(b) => AnyChannel::Null(b.channel()),
+            Self::Memory(b) => AnyChannel::Memory(b.channel(depth)?),
+        })
+    }
+
+    /// Logical blocks that take up memory or space at the moment (Identify Namespace NUSE): all of them where deallocating
+    /// gives nothing back. Asks the kernel; not for the I/O path.
+    pub fn allocated_blocks(&self) -> u64 {
+        match self {
+            Self::Null(b) => b.geometry.blocks,
+            Self::Memory(b) => b.allocated_blocks(),
+        }
+    }
+
+    /// What it is, in a line for the log: `memory, 2 MiB pages: 262144 blocks of 4096 bytes (1073741824 bytes)`.
+    pub fn describe(&self) -> String {
+        let what = match self {
+            Self::Null(_) => "null".to_owned(),
+            Self::Memory(b) => b.describe(),
+        };
+        let g = self.geometry();
+        let read_only = if g.read_only { ", read-only" } else { "" };
+        format!(
+            "{what}: {} blocks of {} bytes ({} bytes){read_only}",
+            g.blocks,
+            g.block_size(),
+            g.bytes()
+        )
+    }
+}
+
+/// A channel of any backend.
+pub enum AnyChannel {
+    /// To a [`NullBackend`].
+    Null(NullChannel),
+    /// To a [`MemoryBackend`].
+    Memory(MemoryChannel),
+}
+
+macro_rules! each {
+    ($self:ident, $c:ident => $e:expr) => {
+        match $self {
+            Self::Null($c) => $e,
+            Self::Memory($c) => $e,
+        }
+    };
+}
+
+impl Channel for AnyChannel {
+    #[inline]
+    unsafe fn submit(&mut self, tag: Tag, request: &Request<'_>) -> Submitted {
+        // SAFETY: the caller's promise is the one the inner channel asks for.
+        each!(self, c => unsafe { c.submit(tag, request) })
+    }
+
+    #[inline]
+    fn flush(&mut self) {
+        each!(self, c => c.flush())
+    }
+
+    #[inline]
+    fn poll(&mut self, out: &mut Vec<Finished>) {
+        each!(self, c => c.poll(out))
+    }
+
+    fn cancel(&mut self, tag: Tag) -> Cancelled {
+        each!(self, c => c.cancel(tag))
+    }
+
+    #[inline]
+    fn pending(&self) -> usize {
+        each!(self, c => c.pending())
+    }
+
+    fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
+        each!(self, c => c.wake_fd())
+    }
+}

@@ -1,0 +1,25 @@
+//! File descriptors that wake a sleeping poller.
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use rustix::event::{EventfdFlags, eventfd};
+
+use super::OpenError;
+
+const HINT: &str = "raise the limit of open files (ulimit -n)";
+
+/// An eventfd, not readable.
+pub(super) fn event_fd() -> Result<OwnedFd, OpenError> {
+    eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+        .map_err(|e| OpenError::io("cannot make an eventfd", HINT, e))
+}
+
+/// Make it readable. A counter that is full is readable already, so that no error matters.
+pub(super) fn signal(fd: impl AsFd) {
+    let _ = rustix::io::write(fd, &1u64.to_ne_bytes());
+}
+
+/// Make it not readable.
+pub(super) fn clear(fd: impl AsFd) {
+    let _ = rustix::io::read(fd, &mut [0u8; 8]);
+}
