@@ -66,7 +66,7 @@ vm_start() {
 		shift 2
 	done
 	[[ -n $VM_OUT ]] || fail "run_vm: --out is missing"
-	mkdir -p -- "$VM_OUT"
+	mkdir -p -- "$VM_OUT" || fail "no directory for the guest's results"
 	rm -rf -- "$VM_OUT"/{console.log,qemu.log,results,results.tar,qmp.in,qmp.out}
 	if [[ -z $qemu ]]; then
 		stock_qemu
@@ -75,7 +75,8 @@ vm_start() {
 	guest_userland
 	guest_kernel "$kernel"
 	_vm_choose_accel "$qemu"
-	cat -- "$GUEST_USERLAND" "$GUEST_MODULES" ${test:+"$test"} >"$VM_OUT/initrd"
+	cat -- "$GUEST_USERLAND" "$GUEST_MODULES" ${test:+"$test"} >"$VM_OUT/initrd" ||
+		fail "the guest's initrd cannot be put together"
 
 	backend=memory-backend-memfd,id=mem,size=$mem,share=on
 	case $memory in
@@ -85,7 +86,7 @@ vm_start() {
 	*) fail "run_vm: no memory kind '$memory' (there are: memfd, hugetlb, auto)" ;;
 	esac
 
-	mkfifo "$VM_OUT/qmp.in" "$VM_OUT/qmp.out"
+	mkfifo "$VM_OUT/qmp.in" "$VM_OUT/qmp.out" || fail "no pipes for QEMU's monitor"
 	# shellcheck disable=SC2054 # the commas are QEMU's
 	args=(
 		-nodefaults -no-user-config -display none -no-reboot
