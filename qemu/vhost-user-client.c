@@ -1,0 +1,865 @@
+/*
+ * One connection to a vhost-user back-end. See vhost-user-client.h.
+ *
+ * Copyright (c) 2026 the vhost-user-nvme authors
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+#include "qemu/osdep.h"
+
+#include <glib-unix.h>
+#include <poll.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+
+#include "qapi/error.h"
+#include "qemu/bswap.h"
+#include "qemu/error-report.h"
+#include "qemu/main-loop.h"
+#include "qemu/timer.h"
+#include "vhost-user-client.h"
+
+enum {
+    VU_GET_FEATURES = 1,
+    VU_SET_FEATURES = 2,
+    VU_SET_OWNER = 3,
+    VU_SET_VRING_KICK = 12,
+    VU_SET_VRING_CALL = 13,
+    VU_GET_PROTOCOL_FEATURES = 15,
+    VU_SET_PROTOCOL_FEATURES = 16,
+    VU_GET_QUEUE_NUM = 17,
+    VU_SET_VRING_ENABLE = 18,
+    VU_SET_BACKEND_REQ_FD = 21,
+    VU_GET_CONFIG = 24,
+    VU_SET_CONFIG = 25,
+    VU_RESET_DEVICE = 34,
+    VU_GET_MAX_MEM_SLOTS = 36,
+    VU_ADD_MEM_REG = 37,
+    VU_REM_MEM_REG = 38,
+    VU_GET_SHMEM_CONFIG = 44,
+};
+
+enum {
+    VU_BACK_SHMEM_MAP = 9,
+    VU_BACK_SHMEM_UNMAP = 10,
+};
+
+static const char *const request_names[] = {
+    [VU_GET_FEATURES] = "GET_FEATURES",
+    [VU_SET_FEATURES] = "SET_FEATURES",
+    [VU_SET_OWNER] = "SET_OWNER",
+    [VU_SET_VRING_KICK] = "SET_VRING_KICK",
+    [VU_SET_VRING_CALL] = "SET_VRING_CALL",
+    [VU_GET_PROTOCOL_FEATURES] = "GET_PROTOCOL_FEATURES",
+    [VU_SET_PROTOCOL_FEATURES] = "SET_PROTOCOL_FEATURES",
+    [VU_GET_QUEUE_NUM] = "GET_QUEUE_NUM",
+    [VU_SET_VRING_ENABLE] = "SET_VRING_ENABLE",
+    [VU_SET_BACKEND_REQ_FD] = "SET_BACKEND_REQ_FD",
+    [VU_GET_CONFIG] = "GET_CONFIG",
+    [VU_SET_CONFIG] = "SET_CONFIG",
+    [VU_RESET_DEVICE] = "RESET_DEVICE",
+    [VU_GET_MAX_MEM_SLOTS] = "GET_MAX_MEM_SLOTS",
+    [VU_ADD_MEM_REG] = "ADD_MEM_REG",
+    [VU_REM_MEM_REG] = "REM_MEM_REG",
+    [VU_GET_SHMEM_CONFIG] = "GET_SHMEM_CONFIG",
+};
+
+/* The header of every message: request, flags, size of what follows; little endian on all hosts we know. */
+typedef struct QEMU_PACKED VuHeader {
+    uint32_t request;
+    uint32_t flags;
+    uint32_t size;
+} VuHeader;
+
+#define VU_FLAG_VERSION 0x1u
+#define VU_FLAG_VERSION_MASK 0x3u
+#define VU_FLAG_REPLY 0x4u
+#define VU_FLAG_NEED_REPLY 0x8u
+
+typedef struct QEMU_PACKED VuShmemConfigMsg {
+    uint32_t n;
+    uint32_t padding;
+    uint64_t size[VU_SHMEM_MAX];
+} VuShmemConfigMsg;
+
+typedef struct QEMU_PACKED VuConfigMsg {
+    uint32_t offset;
+    uint32_t size;
+    uint32_t flags;
+    uint8_t data[VU_CONFIG_MAX];
+} VuConfigMsg;
+
+typedef struct QEMU_PACKED VuMemRegMsg {
+    uint64_t padding;
+    uint64_t gpa;
+    uint64_t size;
+    uint64_t uaddr;
+    uint64_t offset;
+} VuMemRegMsg;
+
+typedef struct QEMU_PACKED VuVringStateMsg {
+    uint32_t index;
+    uint32_t num;
+} VuVringStateMsg;
+
+typedef struct QEMU_PACKED VuMapMsg {
+    uint8_t shmid;
+    uint8_t padding[7];
+    uint64_t fd_offset;
+    uint64_t shm_offset;
+    uint64_t len;
+    uint64_t flags;
+} VuMapMsg;
+
+#define VU_MAP_WRITABLE 0x1u
+
+#define VU_FEATURE_VERSION_1 (1ull << 32)
+#define VU_FEATURE_PROTOCOL (1ull << 30)
+#define VU_FEATURES (VU_FEATURE_VERSION_1 | VU_FEATURE_PROTOCOL)
+
+/* The protocol features this device cannot do without. */
+static const struct {
+    unsigned bit;
+    const char *name;
+} needed[] = {
+    { 0, "MQ" },
+    { 3, "REPLY_ACK" },
+    { 5, "BACKEND_REQ" },
+    { 9, "CONFIG" },
+    { 10, "BACKEND_SEND_FD" },
+    { 13, "RESET_DEVICE" },
+    { 15, "CONFIGURE_MEM_SLOTS" },
+    { 22, "SHMEM" },
+};
+
+/* Requests of the back-end that are served in one go, so that a chatty one cannot keep the main loop. */
+#define VU_BACK_BURST 32
+
+struct VuClient {
+    int fd;
+    int back_fd;
+    bool started;
+    unsigned reply_timeout_ms;
+    const VuClientOps *ops;
+    void *opaque;
+    Error *error;   /* why it is dead, until somebody takes it */
+    guint hup_watch;
+
+    /* The back channel's message under way. */
+    uint8_t in[sizeof(VuHeader) + sizeof(VuMapMsg)];
+    size_t in_len;
+    int in_fd;
+    bool serving;   /* a handler is on the stack */
+    bool answer_due;
+    VuHeader answer_to;
+};
+
+static const char *request_name(uint32_t request)
+{
+    const char *name = request < ARRAY_SIZE(request_names) ? request_names[request] : NULL;
+
+    return name ? name : "a request";
+}
+
+/* ------------------------------------------------------------------ life */
+
+static void vu_client_close(VuClient *c)
+{
+    if (c->hup_watch) {
+        g_source_remove(c->hup_watch);
+        c->hup_watch = 0;
+    }
+    if (c->back_fd >= 0) {
+        qemu_set_fd_handler(c->back_fd, NULL, NULL, NULL);
+        close(c->back_fd);
+        c->back_fd = -1;
+    }
+    if (c->fd >= 0) {
+        close(c->fd);
+        c->fd = -1;
+    }
+    if (c->in_fd >= 0) {
+        close(c->in_fd);
+        c->in_fd = -1;
+    }
+    c->in_len = 0;
+    c->answer_due = false;
+}
+
+/* The end of a connection, whoever finds it first. Takes the error. */
+static void vu_client_break(VuClient *c, Error *reason)
+{
+    if (c->fd < 0) {
+        error_free(reason);
+        return;
+    }
+    vu_client_close(c);
+    if (c->started) {
+        c->ops->gone(c->opaque, reason);
+    } else {
+        c->error = reason;
+    }
+}
+
+static void G_GNUC_PRINTF(2, 3) vu_client_breakf(VuClient *c, const char *fmt, ...)
+{
+    g_autofree char *text = NULL;
+    Error *reason = NULL;
+    va_list ap;
+
+    va_start(ap, fmt);
+    text = g_strdup_vprintf(fmt, ap);
+    va_end(ap);
+    error_setg(&reason, "%s", text);
+    vu_client_break(c, reason);
+}
+
+void vu_client_free(VuClient *c)
+{
+    if (c) {
+        vu_client_close(c);
+        error_free(c->error);
+        g_free(c);
+    }
+}
+
+bool vu_client_alive(const VuClient *c)
+{
+    return c && c->fd >= 0;
+}
+
+Error *vu_client_take_error(VuClient *c)
+{
+    Error *e = g_steal_pointer(&c->error);
+
+    if (!e) {
+        error_setg(&e, "the connection is closed");
+    }
+    return e;
+}
+
+static gboolean vu_client_hup(gint fd, GIOCondition condition, gpointer opaque)
+{
+    VuClient *c = opaque;
+
+    c->hup_watch = 0; /* removed by the return value */
+    vu_client_breakf(c, "the daemon closed the connection");
+    return G_SOURCE_REMOVE;
+}
+
+void vu_client_start(VuClient *c)
+{
+    c->started = true;
+    /* Hang-up only: answers are read by whoever asked. */
+    c->hup_watch = g_unix_fd_add(c->fd, G_IO_HUP | G_IO_ERR, vu_client_hup, c);
+}
+
+/* ------------------------------------------------------------------ bytes */
+
+static int64_t deadline_in(unsigned ms)
+{
+    return qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + ms;
+}
+
+/* Waits for events on one of n descriptors; false when the time is over. */
+static bool wait_until(struct pollfd *p, nfds_t n, int64_t deadline)
+{
+    for (;;) {
+        int64_t left = deadline - qemu_clock_get_ms(QEMU_CLOCK_REALTIME);
+        int r = poll(p, n, left > 0 ? MIN(left, INT_MAX) : 0);
+
+        if (r > 0) {
+            return true;
+        }
+        if (r == 0 && left <= 0) {
+            return false;
+        }
+        if (r < 0 && errno != EINTR && errno != EAGAIN) {
+            return false;
+        }
+    }
+}
+
+/* Sends all of buf, with fd (if it is one) on its first byte. */
+static VuResult send_all(VuClient *c, const char *what, const void *buf, size_t len, int fd)
+{
+    int64_t deadline = deadline_in(c->reply_timeout_ms);
+    size_t done = 0;
+
+    while (done < len) {
+        union {
+            struct cmsghdr align;
+            char space[CMSG_SPACE(sizeof(int))];
+        } control = { 0 };
+        struct iovec iov = { .iov_base = (char *)buf + done, .iov_len = len - done };
+        struct msghdr msg = { .msg_iov = &iov, .msg_iovlen = 1 };
+        ssize_t n;
+
+        if (fd >= 0 && done == 0) {
+            struct cmsghdr *h;
+
+            msg.msg_control = control.space;
+            msg.msg_controllen = sizeof(control.space);
+            h = CMSG_FIRSTHDR(&msg);
+            h->cmsg_level = SOL_SOCKET;
+            h->cmsg_type = SCM_RIGHTS;
+            h->cmsg_len = CMSG_LEN(sizeof(int));
+            memcpy(CMSG_DATA(h), &fd, sizeof(int));
+        }
+        n = sendmsg(c->fd, &msg, MSG_NOSIGNAL | MSG_DONTWAIT);
+        if (n > 0) {
+            done += n;
+        } else if (n < 0 && errno == EAGAIN) {
+            struct pollfd p = { .fd = c->fd, .events = POLLOUT };
+
+            if (!wait_until(&p, 1, deadline)) {
+                vu_client_breakf(c, "the daemon has not taken %s for %u ms", what, c->reply_timeout_ms);
+                return VU_GONE;
+            }
+        } else if (n < 0 && (errno == EPIPE || errno == ECONNRESET)) {
+            vu_client_breakf(c, "the daemon closed the connection");
+            return VU_GONE;
+        } else if (!(n < 0 && errno == EINTR)) {
+            vu_client_breakf(c, "cannot send %s: %s", what, strerror(errno));
+            return VU_GONE;
+        }
+    }
+    return VU_OK;
+}
+
+static VuResult recv_all(VuClient *c, const char *what, void *buf, size_t len, int64_t deadline)
+{
+    size_t done = 0;
+
+    while (done < len) {
+        ssize_t n = recv(c->fd, (char *)buf + done, len - done, MSG_DONTWAIT);
+
+        if (n > 0) {
+            done += n;
+        } else if (n == 0 || errno == ECONNRESET) {
+            vu_client_breakf(c, "the daemon closed the connection during %s", what);
+            return VU_GONE;
+        } else if (errno == EAGAIN) {
+            struct pollfd p = { .fd = c->fd, .events = POLLIN };
+
+            if (!wait_until(&p, 1, deadline)) {
+                vu_client_breakf(c, "no answer to %s within %u ms", what, c->reply_timeout_ms);
+                return VU_GONE;
+            }
+        } else if (errno != EINTR) {
+            vu_client_breakf(c, "cannot read the answer to %s: %s", what, strerror(errno));
+            return VU_GONE;
+        }
+    }
+    return VU_OK;
+}
+
+/* ------------------------------------------------------------------ requests */
+
+static VuResult vu_send(VuClient *c, uint32_t request, uint32_t flags, const void *body, uint32_t size, int fd)
+{
+    uint8_t buf[sizeof(VuHeader) + sizeof(VuConfigMsg)];
+    VuHeader h = { request, VU_FLAG_VERSION | flags, size };
+
+    if (!vu_client_alive(c)) {
+        return VU_GONE;
+    }
+    assert(size <= sizeof(buf) - sizeof(h));
+    memcpy(buf, &h, sizeof(h));
+    if (size) {
+        memcpy(buf + sizeof(h), body, size);
+    }
+    return send_all(c, request_name(request), buf, sizeof(h) + size, fd);
+}
+
+/* The answer to a request: between min and max bytes. */
+static VuResult vu_answer(VuClient *c, uint32_t request, void *body, uint32_t min, uint32_t max, uint32_t *size)
+{
+    const char *name = request_name(request);
+    int64_t deadline = deadline_in(c->reply_timeout_ms);
+    VuHeader h;
+
+    if (recv_all(c, name, &h, sizeof(h), deadline) != VU_OK) {
+        return VU_GONE;
+    }
+    if (h.request != request || (h.flags & VU_FLAG_VERSION_MASK) != VU_FLAG_VERSION || !(h.flags & VU_FLAG_REPLY)) {
+        vu_client_breakf(c, "the answer to %s is not one (request %u, flags 0x%x): is that a vhost-user back-end?",
+                         name, h.request, h.flags);
+        return VU_GONE;
+    }
+    if (h.size < min || h.size > max) {
+        vu_client_breakf(c, "the answer to %s has %u bytes, not %u", name, h.size, max);
+        return VU_GONE;
+    }
+    if (size) {
+        *size = h.size;
+    }
+    return recv_all(c, name, body, h.size, deadline);
+}
+
+static VuResult vu_get_u64(VuClient *c, uint32_t request, uint64_t *value)
+{
+    VuResult r = vu_send(c, request, 0, NULL, 0, -1);
+
+    return r == VU_OK ? vu_answer(c, request, value, sizeof(*value), sizeof(*value), NULL) : r;
+}
+
+/* A request that is acknowledged. */
+static VuResult vu_do(VuClient *c, uint32_t request, const void *body, uint32_t size, int fd)
+{
+    uint64_t status;
+    VuResult r = vu_send(c, request, VU_FLAG_NEED_REPLY, body, size, fd);
+
+    if (r == VU_OK) {
+        r = vu_answer(c, request, &status, sizeof(status), sizeof(status), NULL);
+    }
+    return r == VU_OK && status ? VU_REFUSED : r;
+}
+
+/* The same for a request whose refusal leaves nothing to go on with. */
+static VuResult vu_must(VuClient *c, uint32_t request, const void *body, uint32_t size, int fd)
+{
+    VuResult r = vu_do(c, request, body, size, fd);
+
+    if (r == VU_REFUSED) {
+        vu_client_breakf(c, "the daemon refused %s", request_name(request));
+        return VU_GONE;
+    }
+    return r;
+}
+
+VuResult vu_client_queue_num(VuClient *c, uint64_t *n)
+{
+    return vu_get_u64(c, VU_GET_QUEUE_NUM, n);
+}
+
+VuResult vu_client_mem_slots(VuClient *c, uint64_t *n)
+{
+    return vu_get_u64(c, VU_GET_MAX_MEM_SLOTS, n);
+}
+
+VuResult vu_client_shmem_sizes(VuClient *c, VuShmemSizes *sizes)
+{
+    g_autofree VuShmemConfigMsg *m = g_new0(VuShmemConfigMsg, 1);
+    uint32_t size = 0;
+    VuResult r = vu_send(c, VU_GET_SHMEM_CONFIG, 0, NULL, 0, -1);
+
+    if (r == VU_OK) {
+        r = vu_answer(c, VU_GET_SHMEM_CONFIG, m, offsetof(VuShmemConfigMsg, size), sizeof(*m), &size);
+    }
+    if (r != VU_OK) {
+        return r;
+    }
+    if (m->n > (size - offsetof(VuShmemConfigMsg, size)) / sizeof(m->size[0])) {
+        vu_client_breakf(c, "the answer to GET_SHMEM_CONFIG has %u bytes for %u regions", size, m->n);
+        return VU_GONE;
+    }
+    memset(sizes, 0, sizeof(*sizes));
+    sizes->n = m->n;
+    memcpy(sizes->size, m->size, m->n * sizeof(m->size[0]));
+    return VU_OK;
+}
+
+VuResult vu_client_config_read(VuClient *c, uint32_t offset, void *buf, uint32_t len)
+{
+    VuConfigMsg m = { .offset = offset, .size = len };
+    uint32_t size = offsetof(VuConfigMsg, data) + len;
+    uint32_t got = 0;
+    VuResult r;
+
+    assert(len > 0 && len <= VU_CONFIG_MAX);
+    r = vu_send(c, VU_GET_CONFIG, 0, &m, size, -1);
+    if (r == VU_OK) {
+        /* A refusal is an answer without data, or without anything. */
+        r = vu_answer(c, VU_GET_CONFIG, &m, 0, size, &got);
+    }
+    if (r != VU_OK) {
+        return r;
+    }
+    if (got != size || m.size != len) {
+        return VU_REFUSED;
+    }
+    memcpy(buf, m.data, len);
+    return VU_OK;
+}
+
+VuResult vu_client_config_write(VuClient *c, uint32_t offset, const void *buf, uint32_t len)
+{
+    VuConfigMsg m = { .offset = offset, .size = len };
+
+    assert(len > 0 && len <= VU_CONFIG_MAX);
+    memcpy(m.data, buf, len);
+    return vu_send(c, VU_SET_CONFIG, 0, &m, offsetof(VuConfigMsg, data) + len, -1);
+}
+
+VuResult vu_client_mem_add(VuClient *c, uint64_t gpa, uint64_t size, uint64_t uaddr, uint64_t offset, int fd)
+{
+    VuMemRegMsg m = { 0, gpa, size, uaddr, offset };
+
+    return vu_do(c, VU_ADD_MEM_REG, &m, sizeof(m), fd);
+}
+
+VuResult vu_client_mem_remove(VuClient *c, uint64_t gpa, uint64_t size, uint64_t uaddr, uint64_t offset)
+{
+    VuMemRegMsg m = { 0, gpa, size, uaddr, offset };
+
+    return vu_do(c, VU_REM_MEM_REG, &m, sizeof(m), -1);
+}
+
+VuResult vu_client_vring_call(VuClient *c, unsigned index, EventNotifier *e)
+{
+    uint64_t v = index;
+
+    return vu_must(c, VU_SET_VRING_CALL, &v, sizeof(v), event_notifier_get_fd(e));
+}
+
+VuResult vu_client_vring_kick(VuClient *c, unsigned index, EventNotifier *e)
+{
+    uint64_t v = index;
+
+    return vu_must(c, VU_SET_VRING_KICK, &v, sizeof(v), event_notifier_get_fd(e));
+}
+
+VuResult vu_client_vring_enable(VuClient *c, unsigned index, bool on)
+{
+    VuVringStateMsg m = { index, on };
+
+    return vu_must(c, VU_SET_VRING_ENABLE, &m, sizeof(m), -1);
+}
+
+static VuResult vu_set_features(VuClient *c)
+{
+    uint64_t features = VU_FEATURES;
+
+    return vu_must(c, VU_SET_FEATURES, &features, sizeof(features), -1);
+}
+
+VuResult vu_client_reset(VuClient *c)
+{
+    VuResult r = vu_must(c, VU_RESET_DEVICE, NULL, 0, -1);
+
+    return r == VU_OK ? vu_set_features(c) : r;
+}
+
+/* ------------------------------------------------------------------ connection */
+
+static int connect_once(const char *path)
+{
+    struct sockaddr_un un = { .sun_family = AF_UNIX };
+    int fd, e;
+
+    /* Checked by the caller to fit. */
+    memcpy(un.sun_path, path, strlen(path));
+    fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    if (fd < 0) {
+        return -errno;
+    }
+    /* A local socket connects at once or not at all; EAGAIN is a full queue of waiting front-ends. */
+    if (connect(fd, (struct sockaddr *)&un, sizeof(un)) < 0) {
+        e = errno;
+        close(fd);
+        return -e;
+    }
+    return fd;
+}
+
+static int connect_for(const char *path, int64_t deadline, Error **errp)
+{
+    struct sockaddr_un un;
+    int fd;
+
+    if (strlen(path) >= sizeof(un.sun_path)) {
+        error_setg(errp, "the path '%s' is longer than the %zu bytes that a socket's may have", path,
+                   sizeof(un.sun_path) - 1);
+        return -1;
+    }
+    for (;;) {
+        fd = connect_once(path);
+        if (fd >= 0) {
+            return fd;
+        }
+        if ((fd != -ENOENT && fd != -ECONNREFUSED && fd != -EAGAIN && fd != -EINTR) ||
+            qemu_clock_get_ms(QEMU_CLOCK_REALTIME) >= deadline) {
+            break;
+        }
+        g_usleep(20 * 1000);
+    }
+    switch (-fd) {
+    case ENOENT:
+        error_setg(errp, "there is no socket '%s': is vhost-user-nvme running?", path);
+        break;
+    case ECONNREFUSED:
+        error_setg(errp, "nobody listens on '%s': is vhost-user-nvme running?", path);
+        break;
+    case EACCES:
+    case EPERM:
+        error_setg(errp, "no permission to connect to '%s': it needs write access to the socket", path);
+        break;
+    default:
+        error_setg_errno(errp, -fd, "cannot connect to '%s'", path);
+        break;
+    }
+    return -1;
+}
+
+static VuResult negotiate(VuClient *c)
+{
+    uint64_t features, offered, wanted = 0;
+    size_t i;
+
+    if (vu_get_u64(c, VU_GET_FEATURES, &features) != VU_OK) {
+        return VU_GONE;
+    }
+    if ((features & VU_FEATURES) != VU_FEATURES) {
+        vu_client_breakf(c, "the back-end lacks the feature %s",
+                         features & VU_FEATURE_PROTOCOL ? "VIRTIO_F_VERSION_1" : "VHOST_USER_F_PROTOCOL_FEATURES");
+        return VU_GONE;
+    }
+    if (vu_get_u64(c, VU_GET_PROTOCOL_FEATURES, &offered) != VU_OK) {
+        return VU_GONE;
+    }
+    for (i = 0; i < ARRAY_SIZE(needed); i++) {
+        wanted |= 1ull << needed[i].bit;
+        if (!(offered & (1ull << needed[i].bit))) {
+            vu_client_breakf(c, "the back-end lacks the protocol feature %s: is it vhost-user-nvme?", needed[i].name);
+            return VU_GONE;
+        }
+    }
+    /* REPLY_ACK is not on yet. */
+    if (vu_send(c, VU_SET_PROTOCOL_FEATURES, 0, &wanted, sizeof(wanted), -1) != VU_OK) {
+        return VU_GONE;
+    }
+    if (vu_must(c, VU_SET_OWNER, NULL, 0, -1) != VU_OK) {
+        return VU_GONE;
+    }
+    return vu_set_features(c);
+}
+
+VuClient *vu_client_connect(const char *path, unsigned connect_timeout_ms, unsigned reply_timeout_ms,
+                            const VuClientOps *ops, void *opaque, Error **errp)
+{
+    VuClient *c;
+    int fd = connect_for(path, deadline_in(connect_timeout_ms), errp);
+
+    if (fd < 0) {
+        return NULL;
+    }
+    c = g_new0(VuClient, 1);
+    c->fd = fd;
+    c->back_fd = c->in_fd = -1;
+    c->ops = ops;
+    c->opaque = opaque;
+    /* A back-end that serves another front-end lets us wait here. */
+    c->reply_timeout_ms = MAX(connect_timeout_ms, reply_timeout_ms);
+    if (negotiate(c) != VU_OK) {
+        Error *e = vu_client_take_error(c);
+
+        error_propagate_prepend(errp, e, "'%s': ", path);
+        vu_client_free(c);
+        return NULL;
+    }
+    c->reply_timeout_ms = reply_timeout_ms;
+    return c;
+}
+
+/* ------------------------------------------------------------------ back channel */
+
+/* Answers are a few bytes; a back-end that asks and never reads its answers loses the connection. */
+static void back_send_answer(VuClient *c, const VuHeader *to, bool ok)
+{
+    struct QEMU_PACKED {
+        VuHeader h;
+        uint64_t status;
+    } m = { { to->request, VU_FLAG_VERSION | VU_FLAG_REPLY, sizeof(uint64_t) }, !ok };
+    ssize_t n;
+
+    if (!(to->flags & VU_FLAG_NEED_REPLY)) {
+        return;
+    }
+    do {
+        n = send(c->back_fd, &m, sizeof(m), MSG_NOSIGNAL | MSG_DONTWAIT);
+    } while (n < 0 && errno == EINTR);
+    if (n != sizeof(m)) {
+        vu_client_breakf(c, "the daemon does not read the answers to its requests");
+    }
+}
+
+static void back_request(VuClient *c)
+{
+    VuAnswer answer = VU_ANSWER_FAILED;
+    VuHeader h;
+    VuMapMsg m;
+    int fd = c->in_fd;
+
+    memcpy(&h, c->in, sizeof(h));
+    memcpy(&m, c->in + sizeof(h), sizeof(m));
+    c->in_len = 0;
+    c->in_fd = -1;
+
+    if (h.size == sizeof(m)) {
+        VuMapping map = { m.shmid, m.fd_offset, m.shm_offset, m.len, m.flags & VU_MAP_WRITABLE };
+
+        if (h.request == VU_BACK_SHMEM_MAP && fd >= 0) {
+            answer = c->ops->shmem_map(c->opaque, &map, fd);
+        } else if (h.request == VU_BACK_SHMEM_UNMAP) {
+            answer = c->ops->shmem_unmap(c->opaque, &map);
+        }
+    }
+    if (fd >= 0) {
+        close(fd);
+    }
+    if (c->back_fd < 0) {
+        return;
+    }
+    if (answer == VU_ANSWER_LATER) {
+        c->answer_to = h;
+        c->answer_due = true;
+        qemu_set_fd_handler(c->back_fd, NULL, NULL, NULL);
+    } else {
+        back_send_answer(c, &h, answer == VU_ANSWER_OK);
+    }
+}
+
+/* Takes the first descriptor of a message, closes the rest. */
+static void back_take_fds(VuClient *c, struct msghdr *msg)
+{
+    struct cmsghdr *h;
+
+    for (h = CMSG_FIRSTHDR(msg); h; h = CMSG_NXTHDR(msg, h)) {
+        size_t i, n;
+
+        if (h->cmsg_level != SOL_SOCKET || h->cmsg_type != SCM_RIGHTS) {
+            continue;
+        }
+        n = (h->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+        for (i = 0; i < n; i++) {
+            int fd;
+
+            memcpy(&fd, CMSG_DATA(h) + i * sizeof(int), sizeof(fd));
+            if (c->in_fd < 0) {
+                c->in_fd = fd;
+            } else {
+                close(fd);
+            }
+        }
+    }
+}
+
+/* Reads what there is of one message; true if it is whole. */
+static bool back_read(VuClient *c)
+{
+    for (;;) {
+        union {
+            struct cmsghdr align;
+            char space[CMSG_SPACE(8 * sizeof(int))];
+        } control;
+        struct iovec iov;
+        struct msghdr msg = {
+            .msg_iov = &iov, .msg_iovlen = 1, .msg_control = control.space, .msg_controllen = sizeof(control.space),
+        };
+        size_t want = sizeof(VuHeader);
+        ssize_t n;
+
+        if (c->in_len >= sizeof(VuHeader)) {
+            VuHeader h;
+
+            memcpy(&h, c->in, sizeof(h));
+            if ((h.flags & VU_FLAG_VERSION_MASK) != VU_FLAG_VERSION || (h.flags & VU_FLAG_REPLY) ||
+                h.size > sizeof(VuMapMsg)) {
+                vu_client_breakf(c, "garbage on the back channel (request %u, flags 0x%x, %u bytes)", h.request,
+                                 h.flags, h.size);
+                return false;
+            }
+            want += h.size;
+            if (c->in_len == want) {
+                return true;
+            }
+        }
+        iov.iov_base = c->in + c->in_len;
+        iov.iov_len = want - c->in_len;
+        n = recvmsg(c->back_fd, &msg, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+        if (n > 0) {
+            back_take_fds(c, &msg);
+            c->in_len += n;
+        } else if (n == 0 || (errno != EAGAIN && errno != EINTR)) {
+            vu_client_breakf(c, "the daemon closed the back channel");
+            return false;
+        } else if (errno == EAGAIN) {
+            return false;
+        }
+    }
+}
+
+void vu_client_serve_pending(VuClient *c)
+{
+    unsigned i;
+
+    /* A handler may run the memory listeners; those must not come back here. */
+    if (c->serving) {
+        return;
+    }
+    c->serving = true;
+    for (i = 0; i < VU_BACK_BURST && c->back_fd >= 0 && !c->answer_due && back_read(c); i++) {
+        back_request(c);
+    }
+    c->serving = false;
+}
+
+static void back_readable(void *opaque)
+{
+    vu_client_serve_pending(opaque);
+}
+
+void vu_client_answer(VuClient *c, bool ok)
+{
+    if (!vu_client_alive(c) || !c->answer_due) {
+        return;
+    }
+    c->answer_due = false;
+    qemu_set_fd_handler(c->back_fd, back_readable, NULL, c);
+    back_send_answer(c, &c->answer_to, ok);
+}
+
+VuResult vu_client_open_back_channel(VuClient *c)
+{
+    int pair[2];
+    VuResult r;
+
+    if (!vu_client_alive(c)) {
+        return VU_GONE;
+    }
+    /* Blocking: that is a property of both ends, and the other one is not ours. */
+    if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) < 0) {
+        vu_client_breakf(c, "no socket pair: %s", strerror(errno));
+        return VU_GONE;
+    }
+    r = vu_must(c, VU_SET_BACKEND_REQ_FD, NULL, 0, pair[1]);
+    close(pair[1]);
+    if (r != VU_OK) {
+        close(pair[0]);
+        return r;
+    }
+    c->back_fd = pair[0];
+    qemu_set_fd_handler(c->back_fd, back_readable, NULL, c);
+    return VU_OK;
+}
+
+VuResult vu_client_serve_until(VuClient *c, const bool *done, const char *what)
+{
+    int64_t deadline = deadline_in(c->reply_timeout_ms);
+
+    while (vu_client_alive(c) && !*done) {
+        struct pollfd p[2] = {
+            { .fd = c->back_fd, .events = POLLIN },
+            { .fd = c->fd, .events = 0 }, /* hang-up is always told */
+        };
+
+        if (!wait_until(p, 2, deadline)) {
+            vu_client_breakf(c, "%s has not come within %u ms", what, c->reply_timeout_ms);
+        } else if (p[0].revents) {
+            vu_client_serve_pending(c);
+        } else if (p[1].revents) {
+            vu_client_breakf(c, "the daemon closed the connection before %s came", what);
+        }
+    }
+    return vu_client_alive(c) ? VU_OK : VU_GONE;
+}
