@@ -29,7 +29,7 @@ rust_toolchain() {
 # Debian's rustc of a newer release, with its own libc and loader. What it builds is linked by the system's gcc
 # against the system's libc, and runs without any of this.
 _build_rust() {
-	local out=$1 need=$2 tmp suite version='' wanted bin rpath loader
+	local out=$1 need=$2 tmp suite version='' wanted bin rpath loader final
 	temp_dir tmp
 	for suite in trixie-backports sid; do
 		private_apt trixie "$suite"
@@ -57,7 +57,7 @@ _build_rust() {
 	[[ -e $out/root/$loader ]] || loader=usr/$loader
 	loader=$(_inside "$out/root" "$loader")
 	# The directory gets its name when it is whole: the paths are those of that name.
-	local final=$CACHE_DIR/rust-$(hash_of "$need" "$(declare -f _build_rust)")
+	final=$CACHE_DIR/rust-$(hash_of "$need" "$(declare -f _build_rust)")
 	for bin in "$out"/bin/*; do
 		patchelf --set-interpreter "${loader/#"$out"/"$final"}" --force-rpath --set-rpath "${rpath/#"$out"/"$final"}" "$bin"
 	done
