@@ -52,13 +52,13 @@ for ((round = 1; round <= rounds; round++)); do
 	done
 done
 
-# label, case, median of IOPS / p50 / p99 over the rounds
+# name, case, median of IOPS / p50 / p99 over the rounds
 for file in "$out"/*.1.json; do
 	base=$(basename "$file" .1.json)
-	jq -rs --arg label "${base%.*}" --arg case "${base##*.}" '
+	jq -rs --arg name "${base%.*}" --arg case "${base##*.}" '
 		def median: sort | .[(length - 1) / 2 | floor];
 		map(.jobs[0] | if .read.total_ios > 0 then .read else .write end)
-		| [$label, $case, (map(.iops) | median | floor),
+		| [$name, $case, (map(.iops) | median | floor),
 		   (map(.clat_ns.percentile["50.000000"] / 1000) | median | floor),
 		   (map(.clat_ns.percentile["99.000000"] / 1000) | median | floor),
 		   (map(.iops) | min | floor), (map(.iops) | max | floor)] | @tsv' "$out/$base".*.json

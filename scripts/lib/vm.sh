@@ -16,7 +16,7 @@
 #   --qemu BIN        the QEMU (default: $VM_QEMU, else stock_qemu)
 #   --kernel SERIES   6.1, 6.12 or 7.x (default: 6.12), or none: the firmware boots from a disk (no vm_wait then)
 #   --test FILE       a cpio of make_test_cpio; without it the guest is a shell on its console
-#   --smp N --mem M   vCPUs and memory with its suffix (default: 2 and 1G)
+#   --smp N --mem M   vCPUs, and memory with its suffix (default: 2 and 1G); M may go on with ",slots=4,maxmem=4G"
 #   --memory KIND     memfd, hugetlb (fails if there are too few pages) or auto (default: auto)
 #   --cpu MODEL       default: max
 #   --machine OPTS    appended to the machine q35
@@ -78,17 +78,21 @@ vm_start() {
 		stock_qemu
 		qemu=$STOCK_QEMU
 	fi
-	guest_userland
-	guest_kernel "$kernel"
 	_vm_choose_accel "$qemu"
-	cat -- "$GUEST_USERLAND" "$GUEST_MODULES" ${test:+"$test"} >"$VM_OUT/initrd" ||
-		fail "the guest's initrd cannot be put together"
+	if [[ $kernel != none ]]; then
+		guest_userland
+		guest_kernel "$kernel"
+		cat -- "$GUEST_USERLAND" "$GUEST_MODULES" ${test:+"$test"} >"$VM_OUT/initrd" ||
+			fail "the guest's initrd cannot be put together"
+		boot=(-kernel "$GUEST_VMLINUZ" -initrd "$VM_OUT/initrd"
+			-append "${console[*]} panic=-1 loglevel=5 tsc=reliable iomem=relaxed ${append}")
+	fi
 
-	backend=memory-backend-memfd,id=mem,size=$mem,share=on
+	backend=memory-backend-memfd,id=mem,size=${mem%%,*},share=on
 	case $memory in
 	memfd) ;;
 	hugetlb) backend+=,hugetlb=on,hugetlbsize=2M ;;
-	auto) if _vm_hugepages_for "$mem"; then backend+=,hugetlb=on,hugetlbsize=2M; fi ;;
+	auto) if _vm_hugepages_for "${mem%%,*}"; then backend+=,hugetlb=on,hugetlbsize=2M; fi ;;
 	*) fail "run_vm: no memory kind '$memory' (there are: memfd, hugetlb, auto)" ;;
 	esac
 
