@@ -23,7 +23,7 @@ _restore_pages() { echo "$1" >"$_pages"; }
 hotplug_case() {
 	daemon_single "$CASE_DIR" --namespace memory,size=512M
 	nvme_device "$NVME_SOCKET"
-	guest_start vm --kernel "$1" --mem 512M -- -m 512M,slots=2,maxmem=4G "${DEVICE[@]}" -- "./memory.sh 512" ./dmesg-clean.sh
+	guest_start vm --kernel "$1" --mem 512M,slots=2,maxmem=4G -- "${DEVICE[@]}" -- "./memory.sh 512" ./dmesg-clean.sh
 	guest_ready memory 60
 	vm_qmp '{"execute":"object-add","arguments":{"qom-type":"memory-backend-memfd","id":"more","size":536870912,"share":true}}' ||
 		broken "QEMU gives no memory"
