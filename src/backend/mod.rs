@@ -4,14 +4,22 @@
 //! [`Channel`] is the data side: one for each poller, used by that thread alone, without locks. They are enums, so that a poller calls
 //! the store it has, not a table of functions.
 
+mod delay;
+mod fault;
+mod file;
 pub mod geometry;
 mod memory;
 mod null;
+mod rules;
 mod select;
 mod wake;
 
+pub use delay::{Delay, DelayBackend, DelayChannel};
+pub use fault::{Fault, FaultBackend, FaultChannel};
+pub use file::{FileBackend, FileChannel, FileOptions};
 pub use memory::{HugePages, MemoryBackend, MemoryChannel, MemoryOptions};
 pub use null::{NullBackend, NullChannel, NullOptions};
+pub use rules::{Operations, Rule, RuleId, Rules};
 pub use select::{AnyChannel, Backend};
 
 use std::io;
