@@ -4,6 +4,8 @@
 //! [`Channel`] is the data side: one for each poller, used by that thread alone, without locks. They are enums, so that a poller calls
 //! the store it has, not a table of functions.
 
+#[cfg(any(test, feature = "testing"))]
+pub mod conformance;
 mod delay;
 mod fault;
 mod file;
@@ -12,6 +14,8 @@ mod memory;
 mod null;
 mod rules;
 mod select;
+#[cfg(test)]
+mod tests;
 mod wake;
 
 pub use delay::{Delay, DelayBackend, DelayChannel};

@@ -7,7 +7,7 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::Duration;
 
-use rustix::fs::{AtFlags, FallocateFlags, FlockOperation, StatxFlags};
+use rustix::fs::{AtFlags, FallocateFlags, FlockOperation, OFlags, StatxFlags};
 use rustix::io::Errno;
 
 use super::FileOptions;
@@ -75,7 +75,10 @@ pub(super) fn open(options: &FileOptions) -> Result<Opened, OpenError> {
             Some((memory, length)) => (memory_align, length_align) = (memory, length),
             None => {
                 direct = false;
-                file = open_as(options, device, false).map_err(|e| cannot_open(options, e))?;
+                // Not by opening it again: a device opened with O_EXCL is busy, even for us.
+                rustix::fs::fcntl_getfl(&file)
+                    .and_then(|flags| rustix::fs::fcntl_setfl(&file, flags - OFlags::DIRECT))
+                    .map_err(|e| cannot_open(options, e.into()))?;
             }
         }
         if !direct {
