@@ -154,6 +154,25 @@ fn read_only_files_conform() {
 }
 
 #[test]
+fn more_requests_than_the_ring_has_room_for_wait() {
+    let dir = on_disk();
+    let path = make(dir.path(), "disk", 2 * MIB);
+    let depth = 5000;
+    let mut c = Client::new(&open(&path, 9, true), depth);
+    for round in 0..2 {
+        for tag in 0..depth {
+            let done = c.start(tag, Operation::Flush, 0, 0, None, Layout::Whole(0));
+            assert_eq!(done, None);
+        }
+        // The last ones never got into the ring.
+        assert_eq!(c.cancel(depth - 1), Cancelled::Gone);
+        let statuses = c.wait_all();
+        assert_eq!(statuses.len() as u32, depth - 1, "round {round}");
+        assert!(statuses.iter().all(|s| *s == Status::SUCCESS));
+    }
+}
+
+#[test]
 fn data_is_where_others_expect_it() {
     use std::os::unix::fs::FileExt;
     let dir = on_disk();

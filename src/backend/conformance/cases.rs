@@ -279,10 +279,10 @@ pub(super) fn drop_with_pending(backend: &Backend) {
     for flushed in [false, true] {
         let mut c = Client::new(backend, 128);
         for tag in 0..128 {
-            let operation = if tag % 3 == 0 {
-                zeroes(true, true)
-            } else {
-                Operation::Read
+            let operation = match tag % 4 {
+                0 => zeroes(true, true),
+                1 => Operation::Deallocate,
+                _ => Operation::Read,
             };
             let layout = Layout::Pages(tag as usize % 8);
             let _ = c.start(tag, operation, u64::from(tag), 32, None, layout);
