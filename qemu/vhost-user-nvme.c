@@ -13,7 +13,6 @@
 #include "hw/pci/msix.h"
 #include "hw/pci/pcie.h"
 #include "migration/blocker.h"
-#include "migration/vmstate.h"
 #include "qapi/error.h"
 #include "qemu/error-report.h"
 #include "qemu/main-loop.h"
@@ -490,6 +489,10 @@ static void nvme_realize(PCIDevice *pci, Error **errp)
     VhostUserNvme *n = VHOST_USER_NVME(pci);
     FrontendPage page;
 
+    if (n->window) {
+        error_setg(errp, "a device that could not be realized cannot be tried again: make a new one");
+        return;
+    }
     if (!n->socket || !*n->socket) {
         error_setg(errp, "'socket' is missing: the path of a vhost-user-nvme socket");
         return;
@@ -561,11 +564,6 @@ static const Property nvme_properties[] = {
     DEFINE_PROP_UINT32("reply-timeout", VhostUserNvme, reply_timeout, 10000),
 };
 
-static const VMStateDescription nvme_vmstate = {
-    .name = TYPE_VHOST_USER_NVME,
-    .unmigratable = 1, /* and the migration blocker says why */
-};
-
 static void nvme_class_init(ObjectClass *oc, VuClassData data)
 {
     DeviceClass *dc = DEVICE_CLASS(oc);
@@ -577,7 +575,7 @@ static void nvme_class_init(ObjectClass *oc, VuClassData data)
     pc->class_id = PCI_CLASS_STORAGE_EXPRESS;
     /* The daemon names vendor and device. */
     dc->desc = "NVMe controller of a vhost-user-nvme daemon";
-    dc->vmsd = &nvme_vmstate;
+    /* No vmsd: unmigratable, and the migration blocker says why (a vmsd that says so would hide the reason). */
     set_bit(DEVICE_CATEGORY_STORAGE, dc->categories);
     device_class_set_legacy_reset(dc, nvme_reset);
     device_class_set_props(dc, nvme_properties);

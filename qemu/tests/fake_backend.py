@@ -218,10 +218,12 @@ class Backend:
         if name == "SET_VRING_ENABLE":
             index, on = struct.unpack("<II", body)
             self.enabled[index] = on
-        if name == "ADD_MEM_REG" and name not in self.refuse:
+        if name == "ADD_MEM_REG":
             _, gpa, size, _, offset = struct.unpack("<5Q", body)
             assert gpa not in self.regions, "a region twice"
-            self.regions[gpa] = (size, offset, fds.pop())
+            fd = fds.pop()
+            if name not in self.refuse:
+                self.regions[gpa] = (size, offset, fd)
         if name == "REM_MEM_REG":
             _, gpa, size, _, offset = struct.unpack("<5Q", body)
             assert self.regions.pop(gpa)[:2] == (size, offset), "removed what was not added"

@@ -36,10 +36,13 @@ class Machine:
             self.monitor = self._accept(listeners[1]).makefile("rw", newline="\n")
             json.loads(self.monitor.readline())
             self.qmp("qmp_capabilities")
-        except BaseException:
-            self.process.kill()
-            self.process.wait()
-            raise
+        except (OSError, ValueError, AssertionError) as e:
+            try:
+                status = self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                self.kill()
+                raise AssertionError(f"QEMU does not come up: {e}") from e
+            raise AssertionError(f"QEMU ended with {status}: {self.stderr()}") from e
         finally:
             for s in listeners:
                 s.close()
@@ -53,8 +56,8 @@ class Machine:
                 return s
             except socket.timeout:
                 if self.process.poll() is not None:
-                    raise AssertionError(f"QEMU ended: {self.stderr()}") from None
-        raise AssertionError("QEMU does not come up")
+                    break
+        raise AssertionError("it does not connect")
 
     def stderr(self):
         with open(self.stderr_path, encoding="utf-8", errors="replace") as f:
