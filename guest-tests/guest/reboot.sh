@@ -7,7 +7,7 @@ subject
 
 at=$((64 << 20)) # behind what fio writes to
 read_at() { dd if="$NS_DEV" bs=4096 iflag=direct,skip_bytes skip=$((at + $1)) count="$2" 2>/dev/null; }
-if [[ $(read_at 0 1 | head -c 12) != vhost-reboot ]]; then
+if [[ $(read_at 0 1 | head -c 12 | tr -d "\0") != vhost-reboot ]]; then
 	head -c $((1 << 20)) /dev/urandom >/tmp/data
 	dd if=/tmp/data of="$NS_DEV" bs=4096 oflag=direct,seek_bytes seek=$((at + 4096)) 2>/dev/null
 	{

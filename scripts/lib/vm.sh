@@ -103,7 +103,7 @@ vm_start() {
 		-machine "q35,memory-backend=mem${machine:+,$machine}" -accel "$_vm_accel" -cpu "$cpu" -smp "$smp" -m "$mem"
 		-object "$backend"
 		"${boot[@]}"
-		-chardev "pipe,id=qmp,path=$VM_OUT/qmp" -mon chardev=qmp,mode=control
+		-qmp "pipe:$VM_OUT/qmp"
 		-chardev "file,id=results,path=$VM_OUT/results.tar"
 	)
 	if [[ -n $interactive ]]; then
