@@ -119,11 +119,13 @@ impl Served {
         self.unshadowed_batches = 0;
     }
 
-    /// A doorbell with its shadow, if there is one.
+    /// The doorbell of a queue that is being made, with its shadow, if there is one. The register may still hold what an
+    /// earlier queue of this identifier left there; with a new queue it begins at 0.
     fn bell(&self, doorbell: Doorbell) -> Result<Bell, Status> {
         let offset = self.at.stride.window_offset(doorbell) as usize;
         let register =
             SharedWord::in_window(&self.at.window, offset).ok_or(Status::INVALID_QUEUE_ID)?;
+        register.store(0);
         let shadow = match self.shadow {
             None => None,
             Some(config) => Some(self.shadow_of(config, doorbell)?),
