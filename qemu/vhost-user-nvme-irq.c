@@ -6,6 +6,7 @@
  */
 #include "qemu/osdep.h"
 
+#include "hw/pci/msi.h"
 #include "hw/pci/msix.h"
 #include "qapi/error.h"
 #include "qemu/error-report.h"

@@ -593,7 +593,7 @@ static const TypeInfo nvme_type = {
     .instance_init = nvme_instance_init,
     .instance_finalize = nvme_instance_finalize,
     .class_init = nvme_class_init,
-    .interfaces = (const InterfaceInfo[]) { { INTERFACE_PCIE_DEVICE }, { } },
+    .interfaces = (InterfaceInfo[]) { { INTERFACE_PCIE_DEVICE }, { } },
 };
 
 static void nvme_register(void)
