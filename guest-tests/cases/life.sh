@@ -9,8 +9,8 @@ _running() { # NAME: a guest that keeps the disk of DEVICE busy
 unplug_case() {
 	daemon_single "$CASE_DIR" --namespace memory,size=256M
 	local i
-	guest_start vm --kernel "$1" --timeout 140 -- -device pcie-root-port,id=port,chassis=1,slot=1 \
-		-device "vhost-user-nvme,id=disk,bus=port,socket=$NVME_SOCKET" -- "./hotplug.sh 2" ./dmesg-clean.sh
+	guest_start vm --kernel "$1" --timeout 140 -- -device pcie-root-port,id=rp1,chassis=1,slot=1 \
+		-device "vhost-user-nvme,id=disk,bus=rp1,socket=$NVME_SOCKET" -- "./hotplug.sh 2" ./dmesg-clean.sh
 	for i in 1 2; do
 		guest_ready "unplug $i" 60
 		vm_qmp '{"execute":"device_del","arguments":{"id":"disk"}}' || broken "QEMU refuses to unplug"
@@ -24,7 +24,7 @@ unplug_case() {
 _plug_again() {
 	local i
 	for i in {1..50}; do
-		if vm_qmp "{\"execute\":\"device_add\",\"arguments\":{\"driver\":\"vhost-user-nvme\",\"id\":\"disk\",\"bus\":\"port\",\"socket\":\"$NVME_SOCKET\"}}"; then
+		if vm_qmp "{\"execute\":\"device_add\",\"arguments\":{\"driver\":\"vhost-user-nvme\",\"id\":\"disk\",\"bus\":\"rp1\",\"socket\":\"$NVME_SOCKET\"}}"; then
 			return 0
 		fi
 		sleep 0.2
