@@ -6,14 +6,12 @@
 //! Bytes in these places may change under us at any time. Nothing here hands out a reference to them: every access is a
 //! copy or an atomic, so that a value that was checked is the value that is used.
 
-mod held;
 mod map;
 mod ring;
 mod seg;
 mod store;
 mod window;
 
-pub(crate) use held::Held;
 pub use map::{GuestMap, MapError, Region};
 pub use ring::{Ring, SharedWord};
 pub use seg::{Buffers, HostSeg};
