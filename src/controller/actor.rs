@@ -153,7 +153,13 @@ impl Actor {
         // Nobody waits for the answers: a poller keeps alive what its I/O needs.
         for poller in self.attached_pollers() {
             let token = self.pending.unanswered();
-            self.tell(poller, Message::Detach { token, key: self.key });
+            self.tell(
+                poller,
+                Message::Detach {
+                    token,
+                    key: self.key,
+                },
+            );
         }
     }
 
@@ -212,8 +218,14 @@ impl Actor {
             Mail::Reply(reply) => self.answered(reply),
             Mail::Stopped(event) => self.queue_stopped(event),
             Mail::NamespaceChanged(nsid) => self.namespace_changed(nsid),
-            Mail::Flushed(shutdown, whole) => self.flushed(shutdown, whole),
+            Mail::Flushed(shutdown) => self.flushed(shutdown),
         }
+    }
+
+    /// Whether no mail waits.
+    #[cfg(test)]
+    pub(super) fn is_idle(&self) -> bool {
+        self.outbox.mail.is_empty()
     }
 
     fn queue_stopped(&mut self, event: PollerEvent) {
@@ -280,9 +292,8 @@ impl Actor {
         if let Some(kick) = &kick {
             // We read it when poll says so, but may not be the only reader: never wait in that read.
             let flags = rustix::fs::fcntl_getfl(kick);
-            let set = flags.and_then(|f| {
-                rustix::fs::fcntl_setfl(kick, f | rustix::fs::OFlags::NONBLOCK)
-            });
+            let set =
+                flags.and_then(|f| rustix::fs::fcntl_setfl(kick, f | rustix::fs::OFlags::NONBLOCK));
             if let Err(error) = set {
                 self.complain(&format!("kick {index} is not a usable eventfd: {error}"));
                 return;

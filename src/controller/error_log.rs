@@ -101,7 +101,10 @@ mod tests {
         let page = log.page();
         assert_eq!(page.len(), 4096);
         let (newest, rest) = ErrorLogEntry::read_from_prefix(&page).unwrap();
-        assert_eq!((newest.error_count, newest.sqid, newest.cid), (106, 9, 0xFFFF));
+        assert_eq!(
+            (newest.error_count, newest.sqid, newest.cid),
+            (106, 9, 0xFFFF)
+        );
         let (next, _) = ErrorLogEntry::read_from_prefix(rest).unwrap();
         assert_eq!((next.error_count, next.sqid, next.cid), (100, 3, 99));
         assert_eq!((next.lba, next.nsid, next.location), (77, 1, 40));

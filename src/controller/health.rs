@@ -164,9 +164,15 @@ mod tests {
         assert_eq!(log.host_write_commands.get(), 2);
         assert_eq!(log.media_errors.get(), 4);
         assert_eq!(log.error_log_entries.get(), 7);
-        assert_eq!((log.power_cycles.get(), log.temperature()), (1, TEMPERATURE));
+        assert_eq!(
+            (log.power_cycles.get(), log.temperature()),
+            (1, TEMPERATURE)
+        );
         let only = health.log(&info, Some(0), CriticalWarning::new(), 7);
-        assert_eq!((only.data_units_read.get(), only.media_errors.get()), (1, 0));
+        assert_eq!(
+            (only.data_units_read.get(), only.media_errors.get()),
+            (1, 0)
+        );
     }
 
     #[test]

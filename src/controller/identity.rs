@@ -20,12 +20,7 @@ impl Identity {
         Self::derived(&config.identity).with(config.uuid, config.nguid, config.eui64)
     }
 
-    fn with(
-        self,
-        uuid: Option<[u8; 16]>,
-        nguid: Option<[u8; 16]>,
-        eui64: Option<[u8; 8]>,
-    ) -> Self {
+    fn with(self, uuid: Option<[u8; 16]>, nguid: Option<[u8; 16]>, eui64: Option<[u8; 8]>) -> Self {
         Self {
             uuid: uuid.unwrap_or(self.uuid),
             nguid: nguid.unwrap_or(self.nguid),
@@ -90,7 +85,11 @@ mod tests {
         assert_eq!(hex(&id.eui64), GOLDEN[2]);
     }
 
-    const GOLDEN: [&str; 3] = ["", "", ""];
+    const GOLDEN: [&str; 3] = [
+        "991f4fa1fbc68f99b2d6a7023037e06e",
+        "6673deba91f49c85926fbaa9fb025e93",
+        "c21b100fbc1e47c7",
+    ];
 
     #[test]
     fn derived_identifiers_have_the_shapes_of_their_kind_and_differ() {

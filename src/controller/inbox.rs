@@ -39,8 +39,8 @@ pub(super) enum Mail {
     Stopped(PollerEvent),
     /// The attributes of a namespace have changed.
     NamespaceChanged(u32),
-    /// The volatile caches have been flushed for the shutdown of this number; whether all of them could be.
-    Flushed(u64, bool),
+    /// The volatile caches have been flushed for the shutdown of this number.
+    Flushed(u64),
     /// End the thread.
     Stop,
 }
@@ -206,7 +206,13 @@ mod tests {
         assert!(inbox.take_rung() && !inbox.take_rung());
         assert_eq!(inbox.take_want(1), Some(DoorbellMode::Mapped));
         assert_eq!((inbox.take_want(1), inbox.take_want(9)), (None, None));
-        inbox.reply(0, Reply { token: 1, result: Ok(true) });
+        inbox.reply(
+            0,
+            Reply {
+                token: 1,
+                result: Ok(true),
+            },
+        );
         assert!(readable(&inbox));
     }
 }

@@ -96,12 +96,15 @@ impl Info {
         ascii("serial number", &self.serial, 20)
             .or_else(|| ascii("model number", &self.model, 40))
             .or_else(|| {
-                (self.subnqn.is_empty() || self.subnqn.len() > 223).then(|| {
-                    format!("NQN of {} bytes: it must have 1 to 223", self.subnqn.len())
-                })
+                (self.subnqn.is_empty() || self.subnqn.len() > 223)
+                    .then(|| format!("NQN of {} bytes: it must have 1 to 223", self.subnqn.len()))
             })
             .or_else(|| self.number_fault())
-            .or_else(|| self.namespaces.iter().find_map(|ns| self.namespace_fault(ns)))
+            .or_else(|| {
+                self.namespaces
+                    .iter()
+                    .find_map(|ns| self.namespace_fault(ns))
+            })
             .or_else(|| {
                 self.namespaces.windows(2).find_map(|pair| match pair {
                     [a, b] if a.nsid == b.nsid => {
@@ -163,7 +166,9 @@ impl Info {
             ));
         }
         if ns.geometry.blocks == 0 {
-            return Some(format!("namespace {nsid} is smaller than one logical block"));
+            return Some(format!(
+                "namespace {nsid} is smaller than one logical block"
+            ));
         }
         None
     }
@@ -175,7 +180,10 @@ impl Info {
 
     /// The namespace with this NSID, if it is active, and its place.
     pub(super) fn namespace(&self, nsid: u32) -> Option<(usize, &NamespaceInfo)> {
-        let at = self.namespaces.binary_search_by_key(&nsid, |ns| ns.nsid).ok()?;
+        let at = self
+            .namespaces
+            .binary_search_by_key(&nsid, |ns| ns.nsid)
+            .ok()?;
         Some((at, self.namespaces.get(at)?))
     }
 
@@ -193,7 +201,7 @@ pub(super) mod tests {
 
     /// A controller with a 512 B namespace (NSID 1, volatile cache) and a read-only 4096 B one (NSID 3).
     pub(in crate::controller) fn sample() -> Info {
-        let ns = |nsid, block_shift, read_only| NamespaceInfo {
+        let ns = |nsid: u32, block_shift: u32, read_only: bool| NamespaceInfo {
             nsid,
             geometry: Geometry {
                 block_shift,

@@ -9,7 +9,6 @@ use nvme_spec::regs::{Arbitration, Cc, CommandSetSelected, Csts, Shn, Shst};
 use super::FrontEnd;
 use super::actor::Actor;
 use super::admin::queue::AdminQueue;
-use super::inbox::Mail;
 use super::pending::Work;
 use crate::memory::GuestMap;
 use crate::poller::{DoorbellMode, Message};
@@ -78,10 +77,13 @@ impl Actor {
         };
         match queue {
             Some(queue) => {
+                // What was rung while there was no queue was rung for nothing.
+                shared.window.clear();
                 self.admin = Some(queue);
                 self.phase = Phase::Ready;
-                let csts = shared.registers.csts().with_rdy(true).with_cfs(false);
-                shared.registers.set_csts(csts);
+                // A shutdown of the time before is over, however far it came.
+                self.shutdowns = self.shutdowns.wrapping_add(1);
+                shared.registers.set_csts(Csts::new().with_rdy(true));
                 tracing::debug!(controller = shared.info.name.as_str(), "enabled");
             }
             None => {
@@ -113,30 +115,13 @@ impl Actor {
             return;
         }
         shared.registers.set_csts(csts.with_shst(Shst::OCCURRING));
-        let (stores, shutdown) = (self.volatile.clone(), self.shutdowns);
-        let inbox = Arc::clone(&shared.inbox);
-        // Flushing takes as long as the disk takes; the actor must not wait for it.
-        let thread = std::thread::Builder::new().name("nvme-flush".into());
-        let started = thread.spawn(move || {
-            let whole = stores.iter().all(|store| super::flush::flush(store));
-            inbox.send(Mail::Flushed(shutdown, whole));
-        });
-        if let Err(error) = started {
-            tracing::error!(
-                controller = shared.info.name.as_str(),
-                "no thread to flush the caches for a shutdown: {error}"
-            );
-            shared.inbox.send(Mail::Flushed(shutdown, false));
-        }
+        let name = shared.info.name.as_str();
+        super::flush::begin(name, self.volatile.clone(), &shared.inbox, self.shutdowns);
     }
 
     /// The caches have been flushed.
-    pub(super) fn flushed(&mut self, shutdown: u64, whole: bool) {
+    pub(super) fn flushed(&mut self, shutdown: u64) {
         let registers = &self.shared.registers;
-        if !whole {
-            let controller = self.shared.info.name.as_str();
-            tracing::error!(controller, "a cache could not be flushed at shutdown");
-        }
         // A reset in between has made this shutdown pointless.
         if shutdown == self.shutdowns && registers.csts().shst() == Shst::OCCURRING {
             registers.set_csts(registers.csts().with_shst(Shst::COMPLETE));
@@ -255,7 +240,9 @@ impl Actor {
         if pollers.is_empty() {
             return;
         }
-        let token = self.pending.begin(pollers.len(), Work::Memory { _done: done });
+        let token = self
+            .pending
+            .begin(pollers.len(), Work::Memory { _done: done });
         for poller in pollers {
             let (key, map) = (self.key, Arc::clone(&map));
             self.tell(poller, Message::SetMemory { token, key, map });

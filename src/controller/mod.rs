@@ -17,6 +17,8 @@ mod pending;
 mod placement;
 mod queues;
 mod registers;
+#[cfg(test)]
+mod tests;
 mod throttle;
 
 use std::fs::File;
@@ -265,18 +267,12 @@ impl Controller {
 
     /// The instance id the front-end presents.
     pub fn set_instance(&self, id: [u8; 16]) {
-        *self
-            .instance
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = Some(id);
+        *self.instance.lock().unwrap_or_else(PoisonError::into_inner) = Some(id);
     }
 
     /// The instance id that the front-end presented last.
     pub fn instance(&self) -> Option<[u8; 16]> {
-        *self
-            .instance
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        *self.instance.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The attributes of a namespace have changed: the guest is told, if it wants to know.

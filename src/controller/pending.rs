@@ -133,7 +133,10 @@ mod tests {
         let token = p.begin(3, Work::Drain);
         assert!(p.answer(&reply(token, Ok(true))).is_none());
         assert!(p.answer(&reply(token + 1, Ok(true))).is_none(), "unknown");
-        assert!(p.answer(&reply(token, Err(Status::INTERNAL_ERROR))).is_none());
+        assert!(
+            p.answer(&reply(token, Err(Status::INTERNAL_ERROR)))
+                .is_none()
+        );
         let (work, result) = p.answer(&reply(token, Ok(true))).unwrap();
         assert!(matches!(work, Work::Drain));
         assert_eq!(result, Err(Status::INTERNAL_ERROR));

@@ -99,17 +99,26 @@ impl Queues {
     }
 
     pub(super) fn cq_stats(&self, qid: u16) -> Arc<QueueStats> {
-        self.cq_stats.get(usize::from(qid)).cloned().unwrap_or_default()
+        self.cq_stats
+            .get(usize::from(qid))
+            .cloned()
+            .unwrap_or_default()
     }
 
     pub(super) fn sq_stats(&self, qid: u16) -> Arc<QueueStats> {
-        self.sq_stats.get(usize::from(qid)).cloned().unwrap_or_default()
+        self.sq_stats
+            .get(usize::from(qid))
+            .cloned()
+            .unwrap_or_default()
     }
 
     /// Identifiers of the queues that exist: submission, completion.
     pub(super) fn live(&self) -> (Vec<u16>, Vec<u16>) {
         let ids = |taken: Vec<bool>| {
-            (0u16..).zip(taken).filter_map(|(qid, yes)| yes.then_some(qid)).collect()
+            (0u16..)
+                .zip(taken)
+                .filter_map(|(qid, yes)| yes.then_some(qid))
+                .collect()
         };
         (
             ids(self.sqs.iter().map(Option::is_some).collect()),
@@ -130,7 +139,11 @@ mod tests {
         assert!(q.cq_slot(3).is_none() && q.sq_slot(u16::MAX).is_none());
         let state = State::Live;
         *q.cq_slot(1).unwrap() = Some(Cq { state, poller: 1 });
-        *q.sq_slot(2).unwrap() = Some(Sq { state, poller: 1, cqid: 1 });
+        *q.sq_slot(2).unwrap() = Some(Sq {
+            state,
+            poller: 1,
+            cqid: 1,
+        });
         assert!(q.is_used(1) && !q.is_used(2) && !q.is_empty());
         assert_eq!(q.loads(2), [0, 2]);
         assert_eq!((q.poller_of_kick(2), q.poller_of_kick(1)), (Some(1), None));

@@ -105,9 +105,7 @@ impl Registers {
             ASQ_HIGH => (host.asq >> 32) as u32,
             offset::ACQ => host.acq as u32,
             ACQ_HIGH => (host.acq >> 32) as u32,
-            offset::CRTO => Crto::new()
-                .with_crwmt(u16::from(READY_TIMEOUT))
-                .into_bits(),
+            offset::CRTO => Crto::new().with_crwmt(u16::from(READY_TIMEOUT)).into_bits(),
             _ => 0,
         }
     }
@@ -121,9 +119,9 @@ impl Registers {
             }
             [a, b, c, d, e, f, g, h] if at.is_multiple_of(8) => {
                 let low = write_dword(&mut host, at, u32::from_le_bytes([a, b, c, d]));
-                let high = at.checked_add(4).is_some_and(|at| {
-                    write_dword(&mut host, at, u32::from_le_bytes([e, f, g, h]))
-                });
+                let high = at
+                    .checked_add(4)
+                    .is_some_and(|at| write_dword(&mut host, at, u32::from_le_bytes([e, f, g, h])));
                 low || high
             }
             _ => false,

@@ -32,12 +32,17 @@ fn walk(
     len: u32,
     mut each: impl FnMut(Segment) -> bool,
 ) -> Result<(), Status> {
-    prp::walk(PageSize::K4, sqe.prp1, sqe.prp2, len, &mut Lists(map), &mut |segment| {
-        match each(segment) {
+    prp::walk(
+        PageSize::K4,
+        sqe.prp1,
+        sqe.prp2,
+        len,
+        &mut Lists(map),
+        &mut |segment| match each(segment) {
             true => Ok(()),
             false => Err(Status::DATA_TRANSFER_ERROR),
-        }
-    })
+        },
+    )
 }
 
 /// Copy `data` to the guest, and zeroes behind it up to `len` bytes.

@@ -25,11 +25,20 @@ pub(in crate::controller) const CNTLID: u16 = 1;
 pub(in crate::controller) const FIRMWARE: &str = env!("CARGO_PKG_VERSION");
 
 /// The data an Identify command asks for: at most 4096 bytes, zeroes follow.
-pub(super) fn identify(info: &Info, command: &Identify) -> Result<Vec<u8>, Refusal> {
+///
+/// `used` tells how many blocks of the namespace at a place take up space (NUSE).
+pub(super) fn identify(
+    info: &Info,
+    used: impl Fn(usize) -> Option<u64>,
+    command: &Identify,
+) -> Result<Vec<u8>, Refusal> {
     let bytes = match command.cns {
         Cns::CONTROLLER => controller(info).as_bytes().to_vec(),
         Cns::NAMESPACE => match named(info, command.nsid)? {
-            Some(ns) => namespace(ns).as_bytes().to_vec(),
+            Some(ns) => {
+                let at = info.namespace(ns.nsid).map(|(at, _)| at);
+                namespace(ns, at.and_then(used)).as_bytes().to_vec()
+            }
             None => Vec::new(),
         },
         Cns::ACTIVE_NAMESPACES => list(info, command)?,
@@ -102,7 +111,8 @@ fn list(info: &Info, command: &Identify) -> Result<Vec<u8>, Refusal> {
 
 fn controller(info: &Info) -> IdentifyController {
     let [vid, _, ssvid, _] = info.pci_ids;
-    let capacity = |ns: &NamespaceInfo| u128::from(ns.geometry.blocks) << (ns.geometry.block_shift & 63);
+    let capacity =
+        |ns: &NamespaceInfo| u128::from(ns.geometry.blocks) << (ns.geometry.block_shift & 63);
     let mut c = IdentifyController {
         vid,
         ssvid,
@@ -155,16 +165,14 @@ fn controller(info: &Info) -> IdentifyController {
     c
 }
 
-fn namespace(ns: &NamespaceInfo) -> IdentifyNamespace {
+fn namespace(ns: &NamespaceInfo, used: Option<u64>) -> IdentifyNamespace {
     let g = &ns.geometry;
     let optimal_z = u16::try_from(g.optimal_blocks.saturating_sub(1)).unwrap_or(u16::MAX);
     let mut n = IdentifyNamespace {
         nsze: g.blocks,
         ncap: g.blocks,
-        nuse: g.blocks,
-        nsfeat: Nsfeat::new()
-            .with_thin(g.thin)
-            .with_optperf(optimal_z > 0),
+        nuse: used.unwrap_or(g.blocks).min(g.blocks),
+        nsfeat: Nsfeat::new().with_thin(g.thin).with_optperf(optimal_z > 0),
         dlfeat: Dlfeat::new()
             .with_read(match g.deallocate_reads_zero {
                 true => DeallocatedRead::ZEROES,
@@ -234,7 +242,8 @@ mod tests {
     }
 
     fn get<T: FromBytes + KnownLayout + Immutable>(command: Identify) -> T {
-        T::read_from_bytes(&identify(&sample(), &command).unwrap()).unwrap()
+        T::read_from_bytes(&identify(&sample(), |at| (at == 1).then_some(77), &command).unwrap())
+            .unwrap()
     }
 
     #[test]
@@ -248,8 +257,8 @@ mod tests {
         assert_eq!((c.mdts, c.cntlid, c.nn), (8, 1, 4));
         assert_eq!((c.sqes.into_bits(), c.cqes.into_bits()), (0x66, 0x44));
         assert_eq!((c.acl_z, c.aerl_z, c.elpe_z), (3, 3, 63));
-        assert_eq!(c.oncs.into_bits(), 0b1101_1101 & !0x10 | 0x10 & c.oncs.into_bits());
-        assert!(c.oncs.save_select() && c.oncs.timestamp() && !c.oncs.copy());
+        // Compare, DSM, Write Zeroes, save and select, Timestamp, Verify.
+        assert_eq!(c.oncs.into_bits(), 0b1101_1101);
         assert!(c.vwc.present() && c.oacs.doorbell_buffer_config());
         assert_eq!(c.oacs.into_bits(), 1 << 8);
         assert_eq!((c.fuses.into_bits(), c.sgls.into_bits()), (0, 0));
@@ -266,7 +275,7 @@ mod tests {
     #[test]
     fn identify_namespace_is_its_geometry() {
         let n: IdentifyNamespace = get(ask(Cns::NAMESPACE, 3));
-        assert_eq!((n.nsze, n.ncap, n.nuse), (1 << 20, 1 << 20, 1 << 20));
+        assert_eq!((n.nsze, n.ncap, n.nuse), (1 << 20, 1 << 20, 77));
         assert_eq!((n.nlbaf_z, n.lbaf[0].lbads, n.lbaf[1].lbads), (0, 12, 0));
         assert!(n.nsattr.write_protected() && n.nsfeat.thin());
         assert_eq!(n.dlfeat.read(), DeallocatedRead::ZEROES);
@@ -310,8 +319,12 @@ mod tests {
 
     #[test]
     fn inactive_namespaces_are_zeroes_where_the_specification_says_so() {
-        for cns in [Cns::NAMESPACE, Cns::INDEPENDENT_NAMESPACE, Cns::CSI_NAMESPACE] {
-            let bytes = identify(&sample(), &ask(cns, 2)).unwrap();
+        for cns in [
+            Cns::NAMESPACE,
+            Cns::INDEPENDENT_NAMESPACE,
+            Cns::CSI_NAMESPACE,
+        ] {
+            let bytes = identify(&sample(), |at| (at == 1).then_some(77), &ask(cns, 2)).unwrap();
             assert!(bytes.iter().all(|b| *b == 0), "{cns:?}");
         }
     }
@@ -353,7 +366,11 @@ mod tests {
             }
         }
         for (command, refusal) in cases {
-            assert_eq!(identify(&sample(), &command), Err(refusal), "{command:?}");
+            assert_eq!(
+                identify(&sample(), |at| (at == 1).then_some(77), &command),
+                Err(refusal),
+                "{command:?}"
+            );
         }
     }
 }

@@ -233,13 +233,21 @@ mod tests {
                         command.offset = offset.into();
                         let end = (offset + len).min(size);
                         let expected = &whole[offset as usize..end as usize];
-                        assert_eq!(read(s, &command).unwrap(), expected, "{lid:?} {offset} {len}");
+                        assert_eq!(
+                            read(s, &command).unwrap(),
+                            expected,
+                            "{lid:?} {offset} {len}"
+                        );
                     }
                 }
                 for bad in [u64::from(size) + 4, 2, u64::MAX] {
                     let mut command = ask(lid, 4);
                     command.offset = bad;
-                    assert_eq!(read(s, &command), Err(invalid(Field::Cdw12)), "{lid:?} {bad}");
+                    assert_eq!(
+                        read(s, &command),
+                        Err(invalid(Field::Cdw12)),
+                        "{lid:?} {bad}"
+                    );
                 }
             }
         });
@@ -248,7 +256,8 @@ mod tests {
     #[test]
     fn pages_hold_what_they_should() {
         with(|s| {
-            let smart = SmartLog::read_from_bytes(&read(s, &ask(LogId::SMART, 512)).unwrap()).unwrap();
+            let smart =
+                SmartLog::read_from_bytes(&read(s, &ask(LogId::SMART, 512)).unwrap()).unwrap();
             assert_eq!(smart.host_write_commands.get(), 4);
             assert_eq!(smart.error_log_entries.get(), 3);
             assert!(smart.critical_warning.temperature());
@@ -282,11 +291,20 @@ mod tests {
         with(|s| {
             let mut cases = Vec::new();
             for lid in (0..=255).map(LogId).filter(|lid| !PAGES.contains(lid)) {
-                cases.push((ask(lid, 4), Refusal::of(Status::INVALID_LOG_PAGE, Field::Cdw10)));
+                cases.push((
+                    ask(lid, 4),
+                    Refusal::of(Status::INVALID_LOG_PAGE, Field::Cdw10),
+                ));
             }
             let mut index = ask(LogId::ERROR, 4);
             index.ot = true;
-            cases.push((index, Refusal { status: Status::INVALID_FIELD, location: 58 | 7 << 8 }));
+            cases.push((
+                index,
+                Refusal {
+                    status: Status::INVALID_FIELD,
+                    location: 58 | 7 << 8,
+                },
+            ));
             let mut long = ask(LogId::ERROR, 4);
             long.numd_z = u32::MAX;
             cases.push((long, invalid(Field::Cdw10High)));

@@ -60,7 +60,10 @@ impl Actor {
             self.events.raise(AsyncEvent::INVALID_DOORBELL_VALUE);
         }
         self.deliver_events();
-        if self.admin.as_mut().is_some_and(queue::AdminQueue::take_posted)
+        if self
+            .admin
+            .as_mut()
+            .is_some_and(queue::AdminQueue::take_posted)
             && let Some(vector) = self.shared.vectors.first()
             && let Err(error) = vector.signal()
         {
@@ -175,7 +178,9 @@ impl Actor {
     }
 
     fn identify(&mut self, sqe: &Sqe) -> Result<Done, Refusal> {
-        let data = identify::identify(&self.shared.info, &Identify::from_sqe(sqe))?;
+        let store = |at: usize| self.namespaces.get(at).map(|ns| &ns.backend);
+        let used = |at| store(at).map(|store| store.allocated_blocks());
+        let data = identify::identify(&self.shared.info, used, &Identify::from_sqe(sqe))?;
         data::to_guest(&self.map, sqe, &data, 4096)?;
         Ok(Done::Now(0))
     }
@@ -285,8 +290,7 @@ impl Actor {
     /// A token for one message of an admin command that waits for its answer.
     fn begin(&mut self, sqe: &Sqe, kind: AdminKind) -> u64 {
         let cid = sqe.cid;
-        self.pending
-            .begin(1, Work::Admin(AdminWork { cid, kind }))
+        self.pending.begin(1, Work::Admin(AdminWork { cid, kind }))
     }
 
     /// A poller has answered.

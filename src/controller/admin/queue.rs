@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use nvme_spec::ring::{Phase, RingSize};
 use nvme_spec::doorbell::{Doorbell, DoorbellStride};
+use nvme_spec::ring::{Phase, RingSize};
 use nvme_spec::{Cqe, Sqe, Status, StatusField};
 
 use crate::controller::registers::AdminRegisters;
@@ -133,7 +133,13 @@ impl AdminQueue {
     }
 
     /// Post the completion of a command that was fetched. `more`: the error log has an entry for it.
-    pub(in crate::controller) fn complete(&mut self, cid: u16, dw0: u32, status: Status, more: bool) {
+    pub(in crate::controller) fn complete(
+        &mut self,
+        cid: u16,
+        dw0: u32,
+        status: Status,
+        more: bool,
+    ) {
         let status = StatusField::from_status(status)
             .with_dnr(status.default_dnr())
             .with_m(more)

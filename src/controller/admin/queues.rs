@@ -29,7 +29,8 @@ impl Actor {
             return Err(bad_id(Field::Cdw10));
         }
         let entry = self.shared.registers.cc().iocqes();
-        let size = self.queue_memory(command.prp1, command.qsize_z, command.pc, entry == CQ_ENTRY)?;
+        let size =
+            self.queue_memory(command.prp1, command.qsize_z, command.pc, entry == CQ_ENTRY)?;
         let vector = match command.ien {
             false => None,
             true => match self.shared.vectors.get(usize::from(command.iv)) {
@@ -70,7 +71,8 @@ impl Actor {
             return Err(bad_id(Field::Cdw10));
         }
         let entry = self.shared.registers.cc().iosqes();
-        let size = self.queue_memory(command.prp1, command.qsize_z, command.pc, entry == SQ_ENTRY)?;
+        let size =
+            self.queue_memory(command.prp1, command.qsize_z, command.pc, entry == SQ_ENTRY)?;
         if cqid == 0 || cqid > self.features.completion_queues() {
             return Err(bad_id(Field::Cdw11High));
         }
