@@ -61,6 +61,15 @@ impl Region {
     }
 }
 
+impl Region {
+    /// Whether a segment lies in this region (in part, at least).
+    pub fn holds(&self, seg: &HostSeg) -> bool {
+        let start = self.host.addr() as u64;
+        let at = seg.ptr().addr() as u64;
+        at < start.saturating_add(self.len) && start < at.saturating_add(seg.len() as u64)
+    }
+}
+
 /// Why a memory table was refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum MapError {
@@ -140,6 +149,15 @@ impl GuestMap {
     /// The regions, by ascending address.
     pub fn regions(&self) -> &[Arc<Region>] {
         &self.regions
+    }
+
+    /// The regions of this map that `newer` does not have.
+    pub fn lost_in(&self, newer: &Self) -> Vec<&Region> {
+        self.regions
+            .iter()
+            .filter(|r| !newer.regions.iter().any(|n| Arc::ptr_eq(n, r)))
+            .map(|r| &**r)
+            .collect()
     }
 
     /// The index of the region that holds `gpa`.

@@ -42,6 +42,17 @@ impl HostSeg {
         self.ptr
     }
 
+    /// Address and length, for handing them to the kernel.
+    pub(crate) const fn parts(&self) -> (*mut u8, usize) {
+        (self.ptr, self.len)
+    }
+
+    /// A segment of any address, for tests of what happens with bad ones.
+    #[cfg(test)]
+    pub(crate) fn of_raw(ptr: *mut u8, len: usize) -> Self {
+        Self::new(ptr, len)
+    }
+
     /// A segment over a buffer of our own, for I/O that does not go to a guest.
     ///
     /// The borrow ends with this call; [`Buffers::new`] asks for the promise that the buffer outlives its use.
@@ -56,6 +67,11 @@ impl HostSeg {
     )]
     pub const fn len(&self) -> usize {
         self.len
+    }
+
+    /// The first `len` bytes of this segment, or all of it.
+    pub fn prefix(&self, len: usize) -> Self {
+        Self::new(self.ptr, self.len.min(len))
     }
 
     /// Whether address and length are both multiples of `align`, a power of two.
@@ -115,9 +131,30 @@ impl<'a> Buffers<'a> {
         (self.segs.as_ptr().cast(), self.segs.len())
     }
 
+    /// The segments from the one on that holds byte `offset`, and how far into it that is. No segments if it is beyond the end.
+    pub(crate) fn split_at(&self, offset: usize) -> (&'a [HostSeg], usize) {
+        let mut inside = offset;
+        for (i, seg) in self.segs.iter().enumerate() {
+            if inside < seg.len {
+                return (&self.segs[i..], inside);
+            }
+            inside -= seg.len;
+        }
+        (&[], 0)
+    }
+
     /// Whether every segment starts and ends on a multiple of `align`, a power of two.
     pub fn is_aligned(&self, align: usize) -> bool {
         self.segs.iter().all(|s| s.is_aligned(align))
+    }
+
+    /// Whether every segment starts on a multiple of `start` and is a multiple of `len` long, both powers of two.
+    pub fn is_aligned_as(&self, start: usize, len: usize) -> bool {
+        let start = start.wrapping_sub(1);
+        let len = len.wrapping_sub(1);
+        self.segs
+            .iter()
+            .all(|s| s.ptr.addr() & start == 0 && s.len & len == 0)
     }
 
     /// Copy `src` in, from byte `offset` of the transfer on. Bytes beyond the end are not copied; returns the number that
@@ -186,6 +223,15 @@ mod tests {
         // SAFETY: `a` and `b` outlive `buffers` and are not touched while it is used.
         let buffers = unsafe { Buffers::new(&segs) };
         assert_eq!(buffers.len(), 8);
+        let split = |at| {
+            let (segs, inside) = buffers.split_at(at);
+            (segs.len(), inside)
+        };
+        assert_eq!(
+            [split(0), split(2), split(3), split(7)],
+            [(2, 0), (2, 2), (1, 0), (1, 4)]
+        );
+        assert_eq!(split(8), (0, 0));
         assert_eq!(buffers.write(1, &[1, 2, 3, 4]), 4);
         assert_eq!(buffers.write(6, &[9; 10]), 2, "only two bytes are left");
         assert_eq!(buffers.write(8, &[7]), 0);
@@ -208,6 +254,7 @@ mod tests {
         // SAFETY: `page` outlives `buffers`.
         let buffers = unsafe { Buffers::new(&segs) };
         assert!(buffers.is_aligned(8));
+        assert!(buffers.is_aligned_as(8, 8) && !buffers.is_aligned_as(8, 16));
         assert!(!buffers.is_aligned(512));
     }
 }
