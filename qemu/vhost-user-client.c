@@ -16,32 +16,7 @@
 #include "qemu/error-report.h"
 #include "qemu/main-loop.h"
 #include "qemu/timer.h"
-#include "vhost-user-client.h"
-
-enum {
-    VU_GET_FEATURES = 1,
-    VU_SET_FEATURES = 2,
-    VU_SET_OWNER = 3,
-    VU_SET_VRING_KICK = 12,
-    VU_SET_VRING_CALL = 13,
-    VU_GET_PROTOCOL_FEATURES = 15,
-    VU_SET_PROTOCOL_FEATURES = 16,
-    VU_GET_QUEUE_NUM = 17,
-    VU_SET_VRING_ENABLE = 18,
-    VU_SET_BACKEND_REQ_FD = 21,
-    VU_GET_CONFIG = 24,
-    VU_SET_CONFIG = 25,
-    VU_RESET_DEVICE = 34,
-    VU_GET_MAX_MEM_SLOTS = 36,
-    VU_ADD_MEM_REG = 37,
-    VU_REM_MEM_REG = 38,
-    VU_GET_SHMEM_CONFIG = 44,
-};
-
-enum {
-    VU_BACK_SHMEM_MAP = 9,
-    VU_BACK_SHMEM_UNMAP = 10,
-};
+#include "vhost-user-client-int.h"
 
 static const char *const request_names[] = {
     [VU_GET_FEATURES] = "GET_FEATURES",
@@ -62,18 +37,6 @@ static const char *const request_names[] = {
     [VU_REM_MEM_REG] = "REM_MEM_REG",
     [VU_GET_SHMEM_CONFIG] = "GET_SHMEM_CONFIG",
 };
-
-/* The header of every message: request, flags, size of what follows; little endian on all hosts we know. */
-typedef struct QEMU_PACKED VuHeader {
-    uint32_t request;
-    uint32_t flags;
-    uint32_t size;
-} VuHeader;
-
-#define VU_FLAG_VERSION 0x1u
-#define VU_FLAG_VERSION_MASK 0x3u
-#define VU_FLAG_REPLY 0x4u
-#define VU_FLAG_NEED_REPLY 0x8u
 
 typedef struct QEMU_PACKED VuShmemConfigMsg {
     uint32_t n;
@@ -101,17 +64,6 @@ typedef struct QEMU_PACKED VuVringStateMsg {
     uint32_t num;
 } VuVringStateMsg;
 
-typedef struct QEMU_PACKED VuMapMsg {
-    uint8_t shmid;
-    uint8_t padding[7];
-    uint64_t fd_offset;
-    uint64_t shm_offset;
-    uint64_t len;
-    uint64_t flags;
-} VuMapMsg;
-
-#define VU_MAP_WRITABLE 0x1u
-
 #define VU_FEATURE_VERSION_1 (1ull << 32)
 #define VU_FEATURE_PROTOCOL (1ull << 30)
 #define VU_FEATURES (VU_FEATURE_VERSION_1 | VU_FEATURE_PROTOCOL)
@@ -129,28 +81,6 @@ static const struct {
     { 13, "RESET_DEVICE" },
     { 15, "CONFIGURE_MEM_SLOTS" },
     { 22, "SHMEM" },
-};
-
-/* Requests of the back-end that are served in one go, so that a chatty one cannot keep the main loop. */
-#define VU_BACK_BURST 32
-
-struct VuClient {
-    int fd;
-    int back_fd;
-    bool started;
-    unsigned reply_timeout_ms;
-    const VuClientOps *ops;
-    void *opaque;
-    Error *error;   /* why it is dead, until somebody takes it */
-    guint hup_watch;
-
-    /* The back channel's message under way. */
-    uint8_t in[sizeof(VuHeader) + sizeof(VuMapMsg)];
-    size_t in_len;
-    int in_fd;
-    bool serving;   /* a handler is on the stack */
-    bool answer_due;
-    VuHeader answer_to;
 };
 
 static const char *request_name(uint32_t request)
@@ -200,7 +130,7 @@ static void vu_client_break(VuClient *c, Error *reason)
     }
 }
 
-static void G_GNUC_PRINTF(2, 3) vu_client_breakf(VuClient *c, const char *fmt, ...)
+void vu_client_breakf(VuClient *c, const char *fmt, ...)
 {
     g_autofree char *text = NULL;
     Error *reason = NULL;
@@ -255,13 +185,13 @@ void vu_client_start(VuClient *c)
 
 /* ------------------------------------------------------------------ bytes */
 
-static int64_t deadline_in(unsigned ms)
+int64_t vu_deadline(unsigned ms)
 {
     return qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + ms;
 }
 
 /* Waits for events on one of n descriptors; false when the time is over. */
-static bool wait_until(struct pollfd *p, nfds_t n, int64_t deadline)
+bool vu_wait_until(struct pollfd *p, nfds_t n, int64_t deadline)
 {
     for (;;) {
         int64_t left = deadline - qemu_clock_get_ms(QEMU_CLOCK_REALTIME);
@@ -282,7 +212,7 @@ static bool wait_until(struct pollfd *p, nfds_t n, int64_t deadline)
 /* Sends all of buf, with fd (if it is one) on its first byte. */
 static VuResult send_all(VuClient *c, const char *what, const void *buf, size_t len, int fd)
 {
-    int64_t deadline = deadline_in(c->reply_timeout_ms);
+    int64_t deadline = vu_deadline(c->reply_timeout_ms);
     size_t done = 0;
 
     while (done < len) {
@@ -311,7 +241,7 @@ static VuResult send_all(VuClient *c, const char *what, const void *buf, size_t 
         } else if (n < 0 && errno == EAGAIN) {
             struct pollfd p = { .fd = c->fd, .events = POLLOUT };
 
-            if (!wait_until(&p, 1, deadline)) {
+            if (!vu_wait_until(&p, 1, deadline)) {
                 vu_client_breakf(c, "the daemon has not taken %s for %u ms", what, c->reply_timeout_ms);
                 return VU_GONE;
             }
@@ -341,7 +271,7 @@ static VuResult recv_all(VuClient *c, const char *what, void *buf, size_t len, i
         } else if (errno == EAGAIN) {
             struct pollfd p = { .fd = c->fd, .events = POLLIN };
 
-            if (!wait_until(&p, 1, deadline)) {
+            if (!vu_wait_until(&p, 1, deadline)) {
                 vu_client_breakf(c, "no answer to %s within %u ms", what, c->reply_timeout_ms);
                 return VU_GONE;
             }
@@ -375,7 +305,7 @@ static VuResult vu_send(VuClient *c, uint32_t request, uint32_t flags, const voi
 static VuResult vu_answer(VuClient *c, uint32_t request, void *body, uint32_t min, uint32_t max, uint32_t *size)
 {
     const char *name = request_name(request);
-    int64_t deadline = deadline_in(c->reply_timeout_ms);
+    int64_t deadline = vu_deadline(c->reply_timeout_ms);
     VuHeader h;
 
     if (recv_all(c, name, &h, sizeof(h), deadline) != VU_OK) {
@@ -416,7 +346,7 @@ static VuResult vu_do(VuClient *c, uint32_t request, const void *body, uint32_t 
 }
 
 /* The same for a request whose refusal leaves nothing to go on with. */
-static VuResult vu_must(VuClient *c, uint32_t request, const void *body, uint32_t size, int fd)
+VuResult vu_client_must(VuClient *c, uint32_t request, const void *body, uint32_t size, int fd)
 {
     VuResult r = vu_do(c, request, body, size, fd);
 
@@ -509,33 +439,33 @@ VuResult vu_client_vring_call(VuClient *c, unsigned index, EventNotifier *e)
 {
     uint64_t v = index;
 
-    return vu_must(c, VU_SET_VRING_CALL, &v, sizeof(v), event_notifier_get_fd(e));
+    return vu_client_must(c, VU_SET_VRING_CALL, &v, sizeof(v), event_notifier_get_fd(e));
 }
 
 VuResult vu_client_vring_kick(VuClient *c, unsigned index, EventNotifier *e)
 {
     uint64_t v = index;
 
-    return vu_must(c, VU_SET_VRING_KICK, &v, sizeof(v), event_notifier_get_fd(e));
+    return vu_client_must(c, VU_SET_VRING_KICK, &v, sizeof(v), event_notifier_get_fd(e));
 }
 
 VuResult vu_client_vring_enable(VuClient *c, unsigned index, bool on)
 {
     VuVringStateMsg m = { index, on };
 
-    return vu_must(c, VU_SET_VRING_ENABLE, &m, sizeof(m), -1);
+    return vu_client_must(c, VU_SET_VRING_ENABLE, &m, sizeof(m), -1);
 }
 
 static VuResult vu_set_features(VuClient *c)
 {
     uint64_t features = VU_FEATURES;
 
-    return vu_must(c, VU_SET_FEATURES, &features, sizeof(features), -1);
+    return vu_client_must(c, VU_SET_FEATURES, &features, sizeof(features), -1);
 }
 
 VuResult vu_client_reset(VuClient *c)
 {
-    VuResult r = vu_must(c, VU_RESET_DEVICE, NULL, 0, -1);
+    VuResult r = vu_client_must(c, VU_RESET_DEVICE, NULL, 0, -1);
 
     return r == VU_OK ? vu_set_features(c) : r;
 }
@@ -628,7 +558,7 @@ static VuResult negotiate(VuClient *c)
     if (vu_send(c, VU_SET_PROTOCOL_FEATURES, 0, &wanted, sizeof(wanted), -1) != VU_OK) {
         return VU_GONE;
     }
-    if (vu_must(c, VU_SET_OWNER, NULL, 0, -1) != VU_OK) {
+    if (vu_client_must(c, VU_SET_OWNER, NULL, 0, -1) != VU_OK) {
         return VU_GONE;
     }
     return vu_set_features(c);
@@ -638,7 +568,7 @@ VuClient *vu_client_connect(const char *path, unsigned connect_timeout_ms, unsig
                             const VuClientOps *ops, void *opaque, Error **errp)
 {
     VuClient *c;
-    int fd = connect_for(path, deadline_in(connect_timeout_ms), errp);
+    int fd = connect_for(path, vu_deadline(connect_timeout_ms), errp);
 
     if (fd < 0) {
         return NULL;
@@ -659,207 +589,4 @@ VuClient *vu_client_connect(const char *path, unsigned connect_timeout_ms, unsig
     }
     c->reply_timeout_ms = reply_timeout_ms;
     return c;
-}
-
-/* ------------------------------------------------------------------ back channel */
-
-/* Answers are a few bytes; a back-end that asks and never reads its answers loses the connection. */
-static void back_send_answer(VuClient *c, const VuHeader *to, bool ok)
-{
-    struct QEMU_PACKED {
-        VuHeader h;
-        uint64_t status;
-    } m = { { to->request, VU_FLAG_VERSION | VU_FLAG_REPLY, sizeof(uint64_t) }, !ok };
-    ssize_t n;
-
-    if (!(to->flags & VU_FLAG_NEED_REPLY)) {
-        return;
-    }
-    do {
-        n = send(c->back_fd, &m, sizeof(m), MSG_NOSIGNAL | MSG_DONTWAIT);
-    } while (n < 0 && errno == EINTR);
-    if (n != sizeof(m)) {
-        vu_client_breakf(c, "the daemon does not read the answers to its requests");
-    }
-}
-
-static void back_request(VuClient *c)
-{
-    VuAnswer answer = VU_ANSWER_FAILED;
-    VuHeader h;
-    VuMapMsg m;
-    int fd = c->in_fd;
-
-    memcpy(&h, c->in, sizeof(h));
-    memcpy(&m, c->in + sizeof(h), sizeof(m));
-    c->in_len = 0;
-    c->in_fd = -1;
-
-    if (h.size == sizeof(m)) {
-        VuMapping map = { m.shmid, m.fd_offset, m.shm_offset, m.len, m.flags & VU_MAP_WRITABLE };
-
-        if (h.request == VU_BACK_SHMEM_MAP && fd >= 0) {
-            answer = c->ops->shmem_map(c->opaque, &map, fd);
-        } else if (h.request == VU_BACK_SHMEM_UNMAP) {
-            answer = c->ops->shmem_unmap(c->opaque, &map);
-        }
-    }
-    if (fd >= 0) {
-        close(fd);
-    }
-    if (c->back_fd < 0) {
-        return;
-    }
-    if (answer == VU_ANSWER_LATER) {
-        c->answer_to = h;
-        c->answer_due = true;
-        qemu_set_fd_handler(c->back_fd, NULL, NULL, NULL);
-    } else {
-        back_send_answer(c, &h, answer == VU_ANSWER_OK);
-    }
-}
-
-/* Takes the first descriptor of a message, closes the rest. */
-static void back_take_fds(VuClient *c, struct msghdr *msg)
-{
-    struct cmsghdr *h;
-
-    for (h = CMSG_FIRSTHDR(msg); h; h = CMSG_NXTHDR(msg, h)) {
-        size_t i, n;
-
-        if (h->cmsg_level != SOL_SOCKET || h->cmsg_type != SCM_RIGHTS) {
-            continue;
-        }
-        n = (h->cmsg_len - CMSG_LEN(0)) / sizeof(int);
-        for (i = 0; i < n; i++) {
-            int fd;
-
-            memcpy(&fd, CMSG_DATA(h) + i * sizeof(int), sizeof(fd));
-            if (c->in_fd < 0) {
-                c->in_fd = fd;
-            } else {
-                close(fd);
-            }
-        }
-    }
-}
-
-/* Reads what there is of one message; true if it is whole. */
-static bool back_read(VuClient *c)
-{
-    for (;;) {
-        union {
-            struct cmsghdr align;
-            char space[CMSG_SPACE(8 * sizeof(int))];
-        } control;
-        struct iovec iov;
-        struct msghdr msg = {
-            .msg_iov = &iov, .msg_iovlen = 1, .msg_control = control.space, .msg_controllen = sizeof(control.space),
-        };
-        size_t want = sizeof(VuHeader);
-        ssize_t n;
-
-        if (c->in_len >= sizeof(VuHeader)) {
-            VuHeader h;
-
-            memcpy(&h, c->in, sizeof(h));
-            if ((h.flags & VU_FLAG_VERSION_MASK) != VU_FLAG_VERSION || (h.flags & VU_FLAG_REPLY) ||
-                h.size > sizeof(VuMapMsg)) {
-                vu_client_breakf(c, "garbage on the back channel (request %u, flags 0x%x, %u bytes)", h.request,
-                                 h.flags, h.size);
-                return false;
-            }
-            want += h.size;
-            if (c->in_len == want) {
-                return true;
-            }
-        }
-        iov.iov_base = c->in + c->in_len;
-        iov.iov_len = want - c->in_len;
-        n = recvmsg(c->back_fd, &msg, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
-        if (n > 0) {
-            back_take_fds(c, &msg);
-            c->in_len += n;
-        } else if (n == 0 || (errno != EAGAIN && errno != EINTR)) {
-            vu_client_breakf(c, "the daemon closed the back channel");
-            return false;
-        } else if (errno == EAGAIN) {
-            return false;
-        }
-    }
-}
-
-void vu_client_serve_pending(VuClient *c)
-{
-    unsigned i;
-
-    /* A handler may run the memory listeners; those must not come back here. */
-    if (c->serving) {
-        return;
-    }
-    c->serving = true;
-    for (i = 0; i < VU_BACK_BURST && c->back_fd >= 0 && !c->answer_due && back_read(c); i++) {
-        back_request(c);
-    }
-    c->serving = false;
-}
-
-static void back_readable(void *opaque)
-{
-    vu_client_serve_pending(opaque);
-}
-
-void vu_client_answer(VuClient *c, bool ok)
-{
-    if (!vu_client_alive(c) || !c->answer_due) {
-        return;
-    }
-    c->answer_due = false;
-    qemu_set_fd_handler(c->back_fd, back_readable, NULL, c);
-    back_send_answer(c, &c->answer_to, ok);
-}
-
-VuResult vu_client_open_back_channel(VuClient *c)
-{
-    int pair[2];
-    VuResult r;
-
-    if (!vu_client_alive(c)) {
-        return VU_GONE;
-    }
-    /* Blocking: that is a property of both ends, and the other one is not ours. */
-    if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) < 0) {
-        vu_client_breakf(c, "no socket pair: %s", strerror(errno));
-        return VU_GONE;
-    }
-    r = vu_must(c, VU_SET_BACKEND_REQ_FD, NULL, 0, pair[1]);
-    close(pair[1]);
-    if (r != VU_OK) {
-        close(pair[0]);
-        return r;
-    }
-    c->back_fd = pair[0];
-    qemu_set_fd_handler(c->back_fd, back_readable, NULL, c);
-    return VU_OK;
-}
-
-VuResult vu_client_serve_until(VuClient *c, const bool *done, const char *what)
-{
-    int64_t deadline = deadline_in(c->reply_timeout_ms);
-
-    while (vu_client_alive(c) && !*done) {
-        struct pollfd p[2] = {
-            { .fd = c->back_fd, .events = POLLIN },
-            { .fd = c->fd, .events = 0 }, /* hang-up is always told */
-        };
-
-        if (!wait_until(p, 2, deadline)) {
-            vu_client_breakf(c, "%s has not come within %u ms", what, c->reply_timeout_ms);
-        } else if (p[0].revents) {
-            vu_client_serve_pending(c);
-        } else if (p[1].revents) {
-            vu_client_breakf(c, "the daemon closed the connection before %s came", what);
-        }
-    }
-    return vu_client_alive(c) ? VU_OK : VU_GONE;
 }

@@ -9,28 +9,18 @@
 
 #include <sys/mman.h>
 
-#include "compat.h"
 #include "hw/core/cpu.h"
 #include "hw/pci/msix.h"
-#include "hw/pci/pci_device.h"
 #include "hw/pci/pcie.h"
 #include "migration/blocker.h"
-#include "migration/vmstate.h"
 #include "qapi/error.h"
 #include "qemu/error-report.h"
 #include "qemu/main-loop.h"
 #include "qemu/module.h"
-#include "qemu/rcu.h"
 #include "qemu/units.h"
-#include "qemu/uuid.h"
-#include "system/kvm.h"
 #include "system/system.h"
 #include "system/tcg.h"
-#include "vhost-user-client.h"
-#include "vhost-user-memory.h"
-
-#define TYPE_VHOST_USER_NVME "vhost-user-nvme"
-OBJECT_DECLARE_SIMPLE_TYPE(VhostUserNvme, VHOST_USER_NVME)
+#include "vhost-user-nvme.h"
 
 /* BAR0: registers, of which the end is the front-end's page, then the doorbell window. */
 #define NVME_REG_CAP 0x000
@@ -58,7 +48,6 @@ typedef struct QEMU_PACKED FrontendPage {
 QEMU_BUILD_BUG_ON(offsetof(FrontendPage, vendor) != 0x10);
 QEMU_BUILD_BUG_ON(offsetof(FrontendPage, revision) != 0x18);
 
-#define MAX_VRINGS 64
 /* CAP.DSTRD is a power of two from 4 bytes to 128 KiB; more than the largest window is nobody's. */
 #define MAX_WINDOW (MAX_VRINGS * (8u << 15))
 
@@ -69,59 +58,6 @@ QEMU_BUILD_BUG_ON(offsetof(FrontendPage, revision) != 0x18);
 /* Shared memory regions of the back-end. */
 #define SHM_FRONTEND 0  /* the doorbell window as this process sees it */
 #define SHM_GUEST 1     /* the same, as the guest sees it */
-
-/* An interrupt vector and a queue pair's wake-up. */
-typedef struct NvmeVring {
-    VhostUserNvme *n;
-    EventNotifier call;
-    EventNotifier kick;
-    bool made;
-    int virq;       /* KVM's route, or -1 */
-    bool irqfd;     /* KVM listens to call, nobody here does */
-} NvmeVring;
-
-/* Waits until every virtual CPU has seen the memory map that no longer shows the window. */
-typedef struct NvmeFence {
-    VhostUserNvme *n; /* referenced */
-    unsigned left;
-} NvmeFence;
-
-/* The address range of the window, which outlives the device by a grace period. */
-typedef struct NvmeWindow {
-    struct rcu_head rcu;
-    void *start;
-    size_t size;
-} NvmeWindow;
-
-struct VhostUserNvme {
-    PCIDevice parent_obj;
-
-    /* properties */
-    char *socket;
-    uint32_t connect_timeout;
-    uint32_t reply_timeout;
-    int32_t bootindex;
-
-    /* the device */
-    char *name;             /* for messages */
-    MemoryRegion bar;
-    MemoryRegion doorbells; /* over the BAR in mapped mode */
-    NvmeWindow *window;
-    unsigned n_vrings;
-    unsigned stride_shift;  /* doorbell offset >> this is the vring */
-    NvmeVring vrings[MAX_VRINGS];
-    bool vector_notifiers;
-    QemuUUID instance_id;
-    bool msix_made;
-    Error *migration_blocker;
-
-    /* the connection */
-    VuClient *client;
-    VuMemory *memory;
-    bool window_mapped;
-    NvmeFence *fence;       /* whose end is an answer that the back-end waits for */
-    QEMUBH *gone_bh;
-};
 
 /* ------------------------------------------------------------------ doorbell window */
 
@@ -314,123 +250,7 @@ static const MemoryRegionOps nvme_bar_ops = {
     .impl = { .min_access_size = 1, .max_access_size = 8 },
 };
 
-/* ------------------------------------------------------------------ interrupts */
-
-/* Without KVM's help: from the main loop. */
-static void vring_called(EventNotifier *e)
-{
-    NvmeVring *v = container_of(e, NvmeVring, call);
-    PCIDevice *pci = PCI_DEVICE(v->n);
-
-    /* Without MSI-X there is no interrupt: firmware polls. */
-    if (event_notifier_test_and_clear(e) && msix_enabled(pci)) {
-        msix_notify(pci, v - v->n->vrings);
-    }
-}
-
-static void vring_release_irqfd(NvmeVring *v)
-{
-    if (v->irqfd) {
-        v->irqfd = false;
-        if (kvm_irqchip_remove_irqfd_notifier_gsi(kvm_state, &v->call, v->virq) < 0) {
-            warn_report("%s: KVM does not let go of interrupt vector %td", v->n->name, v - v->n->vrings);
-        }
-    }
-}
-
-static int vring_route(NvmeVring *v, PCIDevice *pci, unsigned vector, MSIMessage msg)
-{
-    VuRouteChange change;
-    int ret;
-
-    if (v->virq >= 0) {
-        ret = kvm_irqchip_update_msi_route(kvm_state, v->virq, msg, pci);
-        if (ret >= 0) {
-            kvm_irqchip_commit_routes(kvm_state);
-        }
-        return ret;
-    }
-    change = vu_route_begin();
-    ret = kvm_irqchip_add_msi_route(&change, vector, pci);
-    if (ret >= 0) {
-        vu_route_commit(&change);
-        v->virq = ret;
-    }
-    return ret;
-}
-
-/* A vector is unmasked: let KVM inject it. If it cannot, the main loop goes on to do it. */
-static int nvme_vector_use(PCIDevice *pci, unsigned vector, MSIMessage msg)
-{
-    VhostUserNvme *n = VHOST_USER_NVME(pci);
-    NvmeVring *v = &n->vrings[vector];
-
-    if (vector >= n->n_vrings) {
-        return 0;
-    }
-    vring_release_irqfd(v);
-    if (vring_route(v, pci, vector, msg) >= 0 &&
-        kvm_irqchip_add_irqfd_notifier_gsi(kvm_state, &v->call, NULL, v->virq) >= 0) {
-        event_notifier_set_handler(&v->call, NULL);
-        v->irqfd = true;
-    } else {
-        event_notifier_set_handler(&v->call, vring_called);
-    }
-    return 0;
-}
-
-/* A vector is masked: signals stay in the eventfd, where nvme_vector_poll or the next nvme_vector_use finds them. */
-static void nvme_vector_release(PCIDevice *pci, unsigned vector)
-{
-    VhostUserNvme *n = VHOST_USER_NVME(pci);
-
-    if (vector < n->n_vrings) {
-        vring_release_irqfd(&n->vrings[vector]);
-    }
-}
-
-/* The guest looks at the pending bits. */
-static void nvme_vector_poll(PCIDevice *pci, unsigned start, unsigned end)
-{
-    VhostUserNvme *n = VHOST_USER_NVME(pci);
-    unsigned i;
-
-    for (i = start; i < MIN(end, n->n_vrings); i++) {
-        if (msix_is_masked(pci, i) && event_notifier_test_and_clear(&n->vrings[i].call)) {
-            msix_set_pending(pci, i);
-        }
-    }
-}
-
-static void vectors_to_kvm(VhostUserNvme *n)
-{
-    if (!n->vector_notifiers && kvm_msi_via_irqfd_enabled()) {
-        n->vector_notifiers = msix_set_vector_notifiers(PCI_DEVICE(n), nvme_vector_use, nvme_vector_release,
-                                                        nvme_vector_poll) == 0;
-    }
-}
-
-static void vectors_from_kvm(VhostUserNvme *n)
-{
-    unsigned i;
-
-    if (!n->vector_notifiers) {
-        return;
-    }
-    msix_unset_vector_notifiers(PCI_DEVICE(n));
-    n->vector_notifiers = false;
-    for (i = 0; i < n->n_vrings; i++) {
-        NvmeVring *v = &n->vrings[i];
-
-        /* With MSI-X off already nobody has called nvme_vector_release. */
-        vring_release_irqfd(v);
-        if (v->virq >= 0) {
-            kvm_irqchip_release_virq(kvm_state, v->virq);
-            v->virq = -1;
-        }
-        event_notifier_set_handler(&v->call, vring_called);
-    }
-}
+/* ------------------------------------------------------------------ configuration space */
 
 static void nvme_config_write(PCIDevice *pci, uint32_t addr, uint32_t value, int len)
 {
@@ -439,9 +259,9 @@ static void nvme_config_write(PCIDevice *pci, uint32_t addr, uint32_t value, int
     pci_default_write_config(pci, addr, value, len);
     pcie_cap_flr_write_config(pci, addr, value, len);
     if (msix_enabled(pci)) {
-        vectors_to_kvm(n);
+        nvme_vectors_to_kvm(n);
     } else {
-        vectors_from_kvm(n);
+        nvme_vectors_from_kvm(n);
     }
 }
 
@@ -464,7 +284,7 @@ static void nvme_reset(DeviceState *dev)
     VhostUserNvme *n = VHOST_USER_NVME(dev);
     unsigned i;
 
-    vectors_from_kvm(n);
+    nvme_vectors_from_kvm(n);
     if (vu_client_alive(n->client) && vu_client_reset(n->client) == VU_OK) {
         /* A wish for mapped mode from before the reset is granted and forgotten. */
         vu_client_serve_pending(n->client);
@@ -607,33 +427,6 @@ static bool make_pci(VhostUserNvme *n, const FrontendPage *page, Error **errp)
     return true;
 }
 
-static bool make_vrings(VhostUserNvme *n, Error **errp)
-{
-    unsigned i;
-    int ret;
-
-    for (i = 0; i < n->n_vrings; i++) {
-        NvmeVring *v = &n->vrings[i];
-
-        v->n = n;
-        v->virq = -1;
-        ret = event_notifier_init(&v->call, 0);
-        if (ret == 0) {
-            ret = event_notifier_init(&v->kick, 0);
-            if (ret < 0) {
-                event_notifier_cleanup(&v->call);
-            }
-        }
-        if (ret < 0) {
-            error_setg_errno(errp, -ret, "no eventfds for %u queue pairs: see ulimit -n", n->n_vrings);
-            return false;
-        }
-        v->made = true;
-        event_notifier_set_handler(&v->call, vring_called);
-    }
-    return true;
-}
-
 /* Steps 7 to 10 of the connection. */
 static bool attach(VhostUserNvme *n, Error **errp)
 {
@@ -666,9 +459,8 @@ static bool attach(VhostUserNvme *n, Error **errp)
 static void nvme_undo(VhostUserNvme *n)
 {
     PCIDevice *pci = PCI_DEVICE(n);
-    unsigned i;
 
-    vectors_from_kvm(n);
+    nvme_vectors_from_kvm(n);
     vu_memory_free(n->memory);
     n->memory = NULL;
     vu_client_free(n->client);
@@ -679,17 +471,7 @@ static void nvme_undo(VhostUserNvme *n)
         qemu_bh_delete(n->gone_bh);
         n->gone_bh = NULL;
     }
-    for (i = 0; i < n->n_vrings; i++) {
-        NvmeVring *v = &n->vrings[i];
-
-        if (v->made) {
-            event_notifier_set_handler(&v->call, NULL);
-            event_notifier_cleanup(&v->call);
-            event_notifier_cleanup(&v->kick);
-            v->made = false;
-        }
-    }
-    n->n_vrings = 0;
+    nvme_vrings_cleanup(n);
     if (n->msix_made) {
         msix_uninit_exclusive_bar(pci);
         n->msix_made = false;
@@ -707,6 +489,10 @@ static void nvme_realize(PCIDevice *pci, Error **errp)
     VhostUserNvme *n = VHOST_USER_NVME(pci);
     FrontendPage page;
 
+    if (n->window) {
+        error_setg(errp, "a device that could not be realized cannot be tried again: make a new one");
+        return;
+    }
     if (!n->socket || !*n->socket) {
         error_setg(errp, "'socket' is missing: the path of a vhost-user-nvme socket");
         return;
@@ -726,7 +512,7 @@ static void nvme_realize(PCIDevice *pci, Error **errp)
     qemu_uuid_generate(&n->instance_id);
 
     n->client = vu_client_connect(n->socket, n->connect_timeout, n->reply_timeout, &nvme_client_ops, n, errp);
-    if (!n->client || !read_shape(n, &page, errp) || !make_vrings(n, errp) || !make_pci(n, &page, errp) ||
+    if (!n->client || !read_shape(n, &page, errp) || !nvme_vrings_init(n, errp) || !make_pci(n, &page, errp) ||
         !attach(n, errp)) {
         if (n->client) {
             error_prepend(errp, "'%s': ", n->socket);
@@ -778,11 +564,6 @@ static const Property nvme_properties[] = {
     DEFINE_PROP_UINT32("reply-timeout", VhostUserNvme, reply_timeout, 10000),
 };
 
-static const VMStateDescription nvme_vmstate = {
-    .name = TYPE_VHOST_USER_NVME,
-    .unmigratable = 1, /* and the migration blocker says why */
-};
-
 static void nvme_class_init(ObjectClass *oc, VuClassData data)
 {
     DeviceClass *dc = DEVICE_CLASS(oc);
@@ -794,7 +575,7 @@ static void nvme_class_init(ObjectClass *oc, VuClassData data)
     pc->class_id = PCI_CLASS_STORAGE_EXPRESS;
     /* The daemon names vendor and device. */
     dc->desc = "NVMe controller of a vhost-user-nvme daemon";
-    dc->vmsd = &nvme_vmstate;
+    /* No vmsd: unmigratable, and the migration blocker says why (a vmsd that says so would hide the reason). */
     set_bit(DEVICE_CATEGORY_STORAGE, dc->categories);
     device_class_set_legacy_reset(dc, nvme_reset);
     device_class_set_props(dc, nvme_properties);
@@ -812,7 +593,7 @@ static const TypeInfo nvme_type = {
     .instance_init = nvme_instance_init,
     .instance_finalize = nvme_instance_finalize,
     .class_init = nvme_class_init,
-    .interfaces = (const InterfaceInfo[]) { { INTERFACE_PCIE_DEVICE }, { } },
+    .interfaces = (InterfaceInfo[]) { { INTERFACE_PCIE_DEVICE }, { } },
 };
 
 static void nvme_register(void)

@@ -52,19 +52,21 @@ for ((round = 1; round <= rounds; round++)); do
 	done
 done
 
-# label, case, median of IOPS / p50 / p99 over the rounds
-for file in "$out"/*.1.json; do
-	base=$(basename "$file" .1.json)
-	jq -rs --arg label "${base%.*}" --arg case "${base##*.}" '
-		def median: sort | .[(length - 1) / 2 | floor];
-		map(.jobs[0] | if .read.total_ios > 0 then .read else .write end)
-		| [$label, $case, (map(.iops) | median | floor),
-		   (map(.clat_ns.percentile["50.000000"] / 1000) | median | floor),
-		   (map(.clat_ns.percentile["99.000000"] / 1000) | median | floor),
-		   (map(.iops) | min | floor), (map(.iops) | max | floor)] | @tsv' "$out/$base".*.json
+# name, case, median of IOPS / p50 / p99 over the rounds
+for case in "${cases[@]}"; do
+	for device in "${devices[@]}"; do
+		name=${device%%=*}
+		jq -rs --arg name "$name" --arg case "$case" '
+			def median: sort | .[(length - 1) / 2 | floor];
+			map(.jobs[0] | if .read.total_ios > 0 then .read else .write end)
+			| [$name, $case, (map(.iops) | median | floor),
+			   (map(.clat_ns.percentile["50.000000"] / 1000) | median | floor),
+			   (map(.clat_ns.percentile["99.000000"] / 1000) | median | floor),
+			   (map(.iops) | min | floor), (map(.iops) | max | floor)] | @tsv' "$out/$name.$case".*.json
+	done
 done >$out/summary.tsv
 printf '%-24s %-13s %9s %9s %9s %9s %9s\n' device 'fio 4k' IOPS 'p50 us' 'p99 us' 'min IOPS' 'max IOPS'
-while IFS=$'\t' read -r label case iops p50 p99 min max; do
-	printf '%-24s %-13s %9d %9d %9d %9d %9d\n' "$label" "$case" "$iops" "$p50" "$p99" "$min" "$max"
-done < <(sort -t $'\t' -k 2,2V -k 1,1 $out/summary.tsv)
+while IFS=$'\t' read -r name case iops p50 p99 min max; do
+	printf '%-24s %-13s %9d %9d %9d %9d %9d\n' "$name" "$case" "$iops" "$p50" "$p99" "$min" "$max"
+done <$out/summary.tsv
 echo "PASS bench (${#devices[@]} devices, $rounds rounds of $seconds s)"

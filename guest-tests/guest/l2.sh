@@ -30,7 +30,7 @@ console=/tmp/l2-console
 : >$console
 qemu -nodefaults -no-user-config -display none -no-reboot -machine q35,memory-backend=mem -accel kvm -cpu host -smp "$smp" -m "$mem" \
 	-object "$backend,id=mem,size=$mem" -kernel /l2/vmlinuz -initrd /l2/initrd \
-	-append "console=ttyS0 panic=-1 loglevel=5 iomem=relaxed $append" -serial file:$console \
+	-append "console=ttyS0 panic=-1 loglevel=5 tsc=reliable iomem=relaxed $append" -serial file:$console \
 	-chardev file,id=results,path=/results/l2.tar "$@" \
 	-device virtio-serial-pci -device virtserialport,chardev=results,name=results >/tmp/l2-qemu.log 2>&1 </dev/null &
 pid=$!

@@ -37,7 +37,7 @@ subject() {
 			shift
 			;;
 		--help | -h)
-			sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+			sed -n '/^# shellcheck/d; 2,/^[^#]/s/^# \{0,1\}//p' "$0"
 			echo "usage: $suite.sh [--without CHECK,...] [nvme0 | nvme0n1 | PCI-ADDRESS]"
 			exit 0
 			;;

@@ -1,6 +1,7 @@
 #!/bin/bash
 # nvme-cli against the controller: identify, logs whose counters move, features that keep what is set, the NVM commands, and for
-# commands that must fail the exact status. Checks may be left out with --without NAME,...
+# commands that must fail the exact status. Checks may be left out with --without NAME,... QEMU's own nvme (11.1) needs
+# --without ids,dsm-lba-range,log-page,delete-cq-0,delete-cq-unknown,feature-0x80,set-0x80,set-8,error-log,log-0,firmware
 # shellcheck source=guest-tests/guest/lib.sh
 . "$(dirname -- "$0")/lib.sh"
 subject "$@"
@@ -175,7 +176,14 @@ refuses delete-cq-in-use 0x10c admin -o 4 --cdw10=1
 # no memory behind the queue: the identifier is looked at first
 refuses create-cq-id-0 0x101 admin -o 5 --cdw10=0x000f0000 --cdw11=1 -l 4096 -w -i $tmp/zero
 refuses create-sq-id-0 0x101 admin -o 1 --cdw10=0x000f0000 --cdw11=0x10001 -l 4096 -w -i $tmp/zero
-refuses queues-after-io 0x00c admin -o 9 --cdw10=7 --cdw11=0x00010001
+if wanted queues-after-io; then
+	got=$(status admin -o 9 --cdw10=7 --cdw11=0x00010001)
+	if [[ $got == none ]]; then
+		skip queues-after-io "this kernel does not pass it on" # 7.x
+	else
+		believe queues-after-io "got == 0x00c" "status $got, wanted 0x00c"
+	fi
+fi
 if wanted abort; then
 	# a command that does not exist: success, and bit 0 says that nothing was aborted
 	if admin -o 8 --cdw10=0xfff00001 2>&1 | grep -qi 'value.*0*1$\|result: *0*x*0*1$'; then

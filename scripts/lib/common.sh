@@ -59,8 +59,7 @@ logged() {
 	local log=$1 start next pid rc=0
 	shift
 	start=$(now_us) next=10
-	# strict mode again: inside a conditional of the caller the subshell would inherit "errors ignored"
-	(set -euo pipefail; "$@") >"$log" 2>&1 </dev/null &
+	(exec_strict "$@") >"$log" 2>&1 </dev/null &
 	pid=$!
 	on_exit _end_child "$pid"
 	while kill -0 "$pid" 2>/dev/null; do
@@ -84,6 +83,33 @@ _end_child() {
 	kill -0 "$1" 2>/dev/null || return 0
 	kill "$1" 2>/dev/null || true
 	wait "$1" 2>/dev/null || true
+}
+
+# exec_strict CMD [ARG...]: becomes CMD. A function runs in a fresh bash with copies of this one's functions and variables, because
+# `set -e` has no force in anything that was called from a condition (`run_vm ... || rc=$?`), not even in a subshell that sets
+# it again; a build that ran on after an error would be taken for whole.
+exec_strict() {
+	if [[ $(type -t "$1") == function ]]; then
+		local _script
+		_script=$(_dump_shell) || exit
+		[[ $_script == *'"$@"' ]] || exit 125 # half a script would be a success that did nothing
+		exec bash <(printf '%s\n' "$_script") "$@"
+	fi
+	exec "$@"
+}
+
+_dump_shell() {
+	local _name
+	for _name in $(compgen -v); do
+		case $_name in
+		BASH* | COMP_* | DIRSTACK | EPOCH* | EUID | FUNCNAME | GROUPS | HIST* | IFS | LINENO | OPT* | PIPESTATUS | PPID | RANDOM | \
+			SECONDS | SHELLOPTS | SHLVL | SRANDOM | UID | _ | _name | _script) ;;
+		*) declare -p "$_name" 2>/dev/null || true ;;
+		esac
+	done
+	declare -f
+	# shellcheck disable=SC2016 # for the other shell
+	printf '%s\n' 'set -euo pipefail' '"$@"'
 }
 
 # ---------------------------------------------------------------- exit hooks
@@ -171,8 +197,8 @@ hash_of() {
 # cached KEY BUILDER [ARG...]: sets CACHED to the directory $CACHE_DIR/KEY. If it is not there, runs
 # `BUILDER DIR ARG...` on an empty directory beside it and renames that when it is whole: a build that was
 # interrupted leaves nothing that looks done, and of two at once the second waits and takes the first's result.
-# Put everything the result depends on into KEY, e.g. "fio-$(hash_of "$version" @recipe)". Call it as a plain
-# command, not in a condition.
+# Put everything the result depends on into KEY, e.g. "fio-$(hash_of "$version" @recipe)". BUILDER sees copies of this
+# shell's variables; what it sets is lost.
 CACHED=''
 cached() {
 	local key=$1 builder=$2 dir lock tmp rc=0
@@ -189,16 +215,11 @@ cached() {
 		if [[ ! -d $dir ]]; then
 			tmp=$(mktemp -d "$CACHE_DIR/.build.XXXXXXXX")
 			chmod 755 "$tmp"
-			set +e
 			( # the lock is ours, not a daemon's that the builder may leave behind
 				exec {lock}>&-
-				set -euo pipefail
 				on_exit _drop_unless_done "$tmp"
-				"$builder" "$tmp" "$@"
-				mv -T -- "$tmp" "$dir"
-			)
-			rc=$?
-			set -e
+				(exec_strict "$builder" "$tmp" "$@") && mv -T -- "$tmp" "$dir"
+			) || rc=$?
 		fi
 		exec {lock}>&-
 		((rc == 0)) || fail "could not build $key"

@@ -57,7 +57,10 @@ _build_kernel() {
 	[[ -n $image ]] || fail "no kernel of the series $series in: ${APT_SUITES[*]}"
 	while read -r deb; do dpkg-deb -x "$deb" "$tmp/root"; done <"$tmp/fetched"
 	# Merged /usr or not: the modules are in one of the two.
-	[[ -d $tmp/root/usr/lib/modules ]] && mkdir -p "$tmp/root/lib" && mv "$tmp/root/usr/lib/modules" "$tmp/root/lib/"
+	if [[ -d $tmp/root/usr/lib/modules ]]; then
+		mkdir -p "$tmp/root/lib"
+		mv "$tmp/root/usr/lib/modules" "$tmp/root/lib/"
+	fi
 	rel=$(basename "$tmp/root/lib/modules/"[0-9]*)
 	vmlinuz=$tmp/root/boot/vmlinuz-$rel # 7.x has it beside the modules
 	[[ -e $vmlinuz ]] || vmlinuz=$tmp/root/lib/modules/$rel/vmlinuz
@@ -158,7 +161,7 @@ _build_userland() {
 
 # _pack TREE FILE: an uncompressed cpio, the same bytes for the same tree but for times.
 _pack() {
-	(cd "$1" && find . -print0 | LC_ALL=C sort -z | cpio --quiet -0 -o -H newc -R 0:0) >"$2"
+	(cd "$1" && set -o pipefail && find . -print0 | LC_ALL=C sort -z | cpio --quiet -0 -o -H newc -R 0:0) >"$2"
 }
 
 # make_test_cpio DIR FILE

@@ -14,21 +14,22 @@
 # Options:
 #   --out DIR         where console.log, qemu.log, results/ and the joined initrd go (created; required)
 #   --qemu BIN        the QEMU (default: $VM_QEMU, else stock_qemu)
-#   --kernel SERIES   6.1, 6.12 or 7.x (default: 6.12)
+#   --kernel SERIES   6.1, 6.12 or 7.x (default: 6.12), or none: the firmware boots from a disk (no vm_wait then)
 #   --test FILE       a cpio of make_test_cpio; without it the guest is a shell on its console
-#   --smp N --mem M   vCPUs and memory with its suffix (default: 2 and 1G)
+#   --smp N --mem M   vCPUs, and memory with its suffix (default: 2 and 1G); M may go on with ",slots=4,maxmem=4G"
 #   --memory KIND     memfd, hugetlb (fails if there are too few pages) or auto (default: auto)
 #   --cpu MODEL       default: max
 #   --machine OPTS    appended to the machine q35
 #   --append TEXT     more kernel arguments
 #   --timeout S       hard limit in seconds (default: 120)
 #   --interactive     the serial console is this terminal
+#   --progress        while waiting, the console's last line every 10 s
 #
 # Environment: VM_ACCEL (default: kvm if a guest boots with it, else tcg,thread=multi), VM_QEMU, VM_TIMEOUT_FACTOR
 # (an integer; multiplies every limit on a slow machine).
 # shellcheck disable=SC2034 # the results are for the scripts that source this
 
-VM_PID='' VM_OUT='' _vm_deadline='' _vm_qmp_in='' _vm_qmp_out='' _vm_accel=''
+VM_PID='' VM_OUT='' _vm_deadline='' _vm_progress='' _vm_qmp_in='' _vm_qmp_out='' _vm_accel=''
 
 run_vm() {
 	vm_start "$@"
@@ -37,10 +38,15 @@ run_vm() {
 
 vm_start() {
 	local qemu=${VM_QEMU:-} kernel=6.12 test='' smp=2 mem=1G memory=auto cpu=max machine='' append='' timeout=120
-	local interactive='' args backend console=(console=ttyS0)
-	VM_OUT=
+	local interactive='' args backend console=(console=ttyS0) boot=()
+	VM_OUT='' _vm_progress=''
 	while (($#)); do
 		case $1 in
+		--progress)
+			_vm_progress=1
+			shift
+			continue
+			;;
 		--out) VM_OUT=$2 ;;
 		--qemu) qemu=$2 ;;
 		--kernel) kernel=$2 ;;
@@ -66,34 +72,38 @@ vm_start() {
 		shift 2
 	done
 	[[ -n $VM_OUT ]] || fail "run_vm: --out is missing"
-	mkdir -p -- "$VM_OUT"
+	mkdir -p -- "$VM_OUT" || fail "no directory for the guest's results"
 	rm -rf -- "$VM_OUT"/{console.log,qemu.log,results,results.tar,qmp.in,qmp.out}
 	if [[ -z $qemu ]]; then
 		stock_qemu
 		qemu=$STOCK_QEMU
 	fi
-	guest_userland
-	guest_kernel "$kernel"
 	_vm_choose_accel "$qemu"
-	cat -- "$GUEST_USERLAND" "$GUEST_MODULES" ${test:+"$test"} >"$VM_OUT/initrd"
+	if [[ $kernel != none ]]; then
+		guest_userland
+		guest_kernel "$kernel"
+		cat -- "$GUEST_USERLAND" "$GUEST_MODULES" ${test:+"$test"} >"$VM_OUT/initrd" ||
+			fail "the guest's initrd cannot be put together"
+		boot=(-kernel "$GUEST_VMLINUZ" -initrd "$VM_OUT/initrd"
+			-append "${console[*]} panic=-1 loglevel=5 tsc=reliable iomem=relaxed ${append}")
+	fi
 
-	backend=memory-backend-memfd,id=mem,size=$mem,share=on
+	backend=memory-backend-memfd,id=mem,size=${mem%%,*},share=on
 	case $memory in
 	memfd) ;;
 	hugetlb) backend+=,hugetlb=on,hugetlbsize=2M ;;
-	auto) if _vm_hugepages_for "$mem"; then backend+=,hugetlb=on,hugetlbsize=2M; fi ;;
+	auto) if _vm_hugepages_for "${mem%%,*}"; then backend+=,hugetlb=on,hugetlbsize=2M; fi ;;
 	*) fail "run_vm: no memory kind '$memory' (there are: memfd, hugetlb, auto)" ;;
 	esac
 
-	mkfifo "$VM_OUT/qmp.in" "$VM_OUT/qmp.out"
+	mkfifo "$VM_OUT/qmp.in" "$VM_OUT/qmp.out" || fail "no pipes for QEMU's monitor"
 	# shellcheck disable=SC2054 # the commas are QEMU's
 	args=(
 		-nodefaults -no-user-config -display none -no-reboot
 		-machine "q35,memory-backend=mem${machine:+,$machine}" -accel "$_vm_accel" -cpu "$cpu" -smp "$smp" -m "$mem"
 		-object "$backend"
-		-kernel "$GUEST_VMLINUZ" -initrd "$VM_OUT/initrd"
-		-append "${console[*]} panic=-1 loglevel=5 iomem=relaxed ${append}"
-		-chardev "pipe,id=qmp,path=$VM_OUT/qmp" -mon chardev=qmp,mode=control
+		"${boot[@]}"
+		-qmp "pipe:$VM_OUT/qmp"
 		-chardev "file,id=results,path=$VM_OUT/results.tar"
 	)
 	if [[ -n $interactive ]]; then
@@ -117,8 +127,13 @@ vm_start() {
 }
 
 vm_wait() {
-	local rc=124
+	local rc=124 start next=10
+	start=$(now_us)
 	while kill -0 "$VM_PID" 2>/dev/null; do
+		if [[ -n $_vm_progress ]] && (($(now_us) - start > next * 1000000)); then
+			info "... after $next s: $(tail -n 1 "$VM_OUT/console.log" 2>/dev/null | tr -cd '[:print:]' | cut -c 1-90)"
+			next=$((next + 10))
+		fi
 		if (($(now_us) > _vm_deadline)); then
 			vm_stop
 			warn "the guest was ended at its time limit; the end of its console:"

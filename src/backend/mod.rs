@@ -4,15 +4,26 @@
 //! [`Channel`] is the data side: one for each poller, used by that thread alone, without locks. They are enums, so that a poller calls
 //! the store it has, not a table of functions.
 
+#[cfg(any(test, feature = "testing"))]
+pub mod conformance;
+mod delay;
+mod fault;
+mod file;
 pub mod geometry;
 mod memory;
 mod null;
+mod rules;
 mod select;
-mod sync;
+#[cfg(test)]
+mod tests;
 mod wake;
 
+pub use delay::{Delay, DelayBackend, DelayChannel};
+pub use fault::{Fault, FaultBackend, FaultChannel};
+pub use file::{FileBackend, FileChannel, FileOptions};
 pub use memory::{HugePages, MemoryBackend, MemoryChannel, MemoryOptions};
 pub use null::{NullBackend, NullChannel, NullOptions};
+pub use rules::{Operations, Rule, RuleId, Rules};
 pub use select::{AnyChannel, Backend};
 
 use std::io;

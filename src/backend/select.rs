@@ -4,8 +4,12 @@
 
 use std::os::fd::BorrowedFd;
 
+use super::delay::{Delay, DelayBackend, DelayChannel};
+use super::fault::{Fault, FaultBackend, FaultChannel};
+use super::file::{FileBackend, FileChannel, FileOptions};
 use super::memory::{MemoryBackend, MemoryChannel, MemoryOptions};
 use super::null::{NullBackend, NullChannel, NullOptions};
+use super::rules::Rules;
 use super::{Cancelled, Channel, Finished, Geometry, OpenError, Request, Submitted, Tag};
 
 /// The store of a namespace. Shared; what pollers use are its channels.
@@ -14,6 +18,12 @@ pub enum Backend {
     Null(NullBackend),
     /// In memory.
     Memory(MemoryBackend),
+    /// In a file or on a block device.
+    File(FileBackend),
+    /// Another one, with faults.
+    Fault(Box<FaultBackend>),
+    /// Another one, with delays.
+    Delay(Box<DelayBackend>),
 }
 
 impl Backend {
@@ -35,11 +45,37 @@ impl Backend {
         MemoryBackend::new(options).map(Self::Memory)
     }
 
+    /// A store in a file or on a block device.
+    ///
+    /// # Errors
+    ///
+    /// As [`FileBackend::open`].
+    pub fn file(options: FileOptions) -> Result<Self, OpenError> {
+        FileBackend::open(options).map(Self::File)
+    }
+
+    /// This store with faults, and the handle to say which.
+    pub fn with_faults(self) -> (Self, Rules<Fault>) {
+        let rules = Rules::new();
+        let fault = FaultBackend::new(self, rules.clone());
+        (Self::Fault(Box::new(fault)), rules)
+    }
+
+    /// This store with delays, and the handle to say which.
+    pub fn with_delays(self) -> (Self, Rules<Delay>) {
+        let rules = Rules::new();
+        let delay = DelayBackend::new(self, rules.clone());
+        (Self::Delay(Box::new(delay)), rules)
+    }
+
     /// What it looks like.
     pub fn geometry(&self) -> Geometry {
         match self {
             Self::Null(b) => b.geometry,
             Self::Memory(b) => b.geometry,
+            Self::File(b) => b.geometry,
+            Self::Fault(b) => b.inner.geometry(),
+            Self::Delay(b) => b.inner.geometry(),
         }
     }
 
@@ -52,6 +88,9 @@ impl Backend {
         Ok(match self {
             Self::Null(b) => AnyChannel::Null(b.channel()),
             Self::Memory(b) => AnyChannel::Memory(b.channel(depth)?),
+            Self::File(b) => AnyChannel::File(Box::new(b.channel(depth)?)),
+            Self::Fault(b) => AnyChannel::Fault(Box::new(b.channel(depth)?)),
+            Self::Delay(b) => AnyChannel::Delay(Box::new(b.channel(depth)?)),
         })
     }
 
@@ -61,6 +100,9 @@ impl Backend {
         match self {
             Self::Null(b) => b.geometry.blocks,
             Self::Memory(b) => b.allocated_blocks(),
+            Self::File(b) => b.allocated_blocks(),
+            Self::Fault(b) => b.inner.allocated_blocks(),
+            Self::Delay(b) => b.inner.allocated_blocks(),
         }
     }
 
@@ -69,6 +111,9 @@ impl Backend {
         let what = match self {
             Self::Null(_) => "null".to_owned(),
             Self::Memory(b) => b.describe(),
+            Self::File(b) => b.describe(),
+            Self::Fault(b) => return format!("faults over {}", b.inner.describe()),
+            Self::Delay(b) => return format!("delays over {}", b.inner.describe()),
         };
         let g = self.geometry();
         let read_only = if g.read_only { ", read-only" } else { "" };
@@ -87,6 +132,12 @@ pub enum AnyChannel {
     Null(NullChannel),
     /// To a [`MemoryBackend`].
     Memory(MemoryChannel),
+    /// To a [`FileBackend`].
+    File(Box<FileChannel>),
+    /// To a [`FaultBackend`].
+    Fault(Box<FaultChannel>),
+    /// To a [`DelayBackend`].
+    Delay(Box<DelayChannel>),
 }
 
 macro_rules! each {
@@ -94,6 +145,9 @@ macro_rules! each {
         match $self {
             Self::Null($c) => $e,
             Self::Memory($c) => $e,
+            Self::File($c) => $e,
+            Self::Fault($c) => $e,
+            Self::Delay($c) => $e,
         }
     };
 }

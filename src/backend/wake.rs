@@ -1,8 +1,8 @@
 //! File descriptors that wake a sleeping poller.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rustix::event::{EventfdFlags, eventfd};
+use rustix::event::{EventfdFlags, epoll, eventfd};
 
 use super::OpenError;
 
@@ -22,4 +22,17 @@ pub(super) fn signal(fd: impl AsFd) {
 /// Make it not readable.
 pub(super) fn clear(fd: impl AsFd) {
     let _ = rustix::io::read(fd, &mut [0u8; 8]);
+}
+
+/// Something that is readable while one of two descriptors is. Both must stay open as long.
+pub(super) fn either(a: BorrowedFd<'_>, b: BorrowedFd<'_>) -> Result<OwnedFd, OpenError> {
+    let make = || {
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        for (i, fd) in [a, b].into_iter().enumerate() {
+            let data = epoll::EventData::new_u64(i as u64);
+            epoll::add(&epoll, fd, data, epoll::EventFlags::IN)?;
+        }
+        Ok(epoll)
+    };
+    make().map_err(|e: rustix::io::Errno| OpenError::io("cannot make an epoll", HINT, e))
 }

@@ -8,6 +8,7 @@ use arc_swap::ArcSwapOption;
 use nvme_spec::Status;
 use nvme_spec::doorbell::DoorbellStride;
 use nvme_spec::ring::RingSize;
+use rustix::fs::OFlags;
 
 use super::stats::{NamespaceStats, QueueStats};
 use crate::backend::{Backend, Geometry};
@@ -59,7 +60,15 @@ pub struct Vector {
 
 impl Vector {
     /// Use this eventfd from now on; `None` = nobody listens.
+    ///
+    /// It is made non-blocking: a front-end that lets its counter run full must not stop a poller.
     pub fn set(&self, eventfd: Option<File>) {
+        if let Some(file) = &eventfd
+            && let Ok(flags) = rustix::fs::fcntl_getfl(file)
+            && let Err(error) = rustix::fs::fcntl_setfl(file, flags | OFlags::NONBLOCK)
+        {
+            tracing::warn!(%error, "cannot make an interrupt's eventfd non-blocking");
+        }
         self.call.store(eventfd.map(Arc::new));
     }
 

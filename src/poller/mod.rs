@@ -3,8 +3,21 @@
 //! A controller reaches a poller only through its mailbox ([`PollerHandle::send`]); the poller answers and reports through
 //! the controller's [`ControlSink`]. Neither side ever waits for the other while it holds something.
 
+mod bell;
+mod cq;
+mod lifecycle;
+mod mailbox;
 pub mod message;
+mod run;
+mod served;
+mod sleep;
+mod slot;
+mod sq;
 pub mod stats;
+mod thread;
+
+#[cfg(test)]
+mod tests;
 
 pub use message::{
     Attachment, ControlSink, ControllerKey, CqConfig, DoorbellMode, IoFailure, Message, Namespace,
@@ -13,8 +26,12 @@ pub use message::{
 
 use std::io;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 
+use mailbox::{Sending, mailbox};
+use rustix::thread::{CpuSet, sched_setaffinity};
 use stats::PollerStats;
+use thread::Thread;
 
 /// How a poller waits when there is nothing to do.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -41,25 +58,27 @@ pub struct PollerConfig {
     pub slots: usize,
 }
 
-/// The way to a poller. Cloning it is cheap; the thread ends when [`PollerPool`] is dropped.
+/// The way to a poller. Cloning it is cheap; the thread ends when its [`PollerPool`] is dropped.
 #[derive(Clone)]
 pub struct PollerHandle {
     /// Which poller it is, counted from 0.
     pub index: usize,
     /// Its counters.
     pub stats: Arc<PollerStats>,
+    mailbox: Sending,
 }
 
 impl PollerHandle {
     /// Put a message into its mailbox and wake it. Never blocks. To a poller that has ended, nothing happens.
     pub fn send(&self, message: Message) {
-        let _ = message;
+        self.mailbox.send(message);
     }
 }
 
-/// All pollers of a daemon.
+/// All pollers of a daemon. Dropping it ends their threads; controllers are to be detached before.
 pub struct PollerPool {
     handles: Vec<PollerHandle>,
+    threads: Vec<JoinHandle<()>>,
 }
 
 impl PollerPool {
@@ -69,14 +88,68 @@ impl PollerPool {
     ///
     /// A core that this process may not use, or what the kernel says when threads or file descriptors run out.
     pub fn start(configs: &[PollerConfig]) -> io::Result<Self> {
-        let _ = configs;
-        Ok(Self {
+        let mut pool = Self {
             handles: Vec::new(),
-        })
+            threads: Vec::new(),
+        };
+        for (index, config) in configs.iter().enumerate() {
+            let (sending, mailbox) = mailbox()?;
+            let stats = Arc::new(PollerStats::default());
+            let thread = Thread::new(index, config.clone(), mailbox, Arc::clone(&stats))?;
+            let core = config.core;
+            let (ready, started) = std::sync::mpsc::channel();
+            let handle = std::thread::Builder::new()
+                .name(format!("nvme-poller-{index}"))
+                .spawn(move || {
+                    let pinned = core.map_or(Ok(()), pin);
+                    let ok = pinned.is_ok();
+                    let _ = ready.send(pinned);
+                    if ok {
+                        thread.run();
+                    }
+                })?;
+            pool.threads.push(handle);
+            pool.handles.push(PollerHandle {
+                index,
+                stats,
+                mailbox: sending,
+            });
+            started
+                .recv()
+                .map_err(|_| io::Error::other("a poller thread ended at its start"))??;
+        }
+        Ok(pool)
     }
 
     /// The pollers, in order.
     pub fn handles(&self) -> &[PollerHandle] {
         &self.handles
     }
+}
+
+impl Drop for PollerPool {
+    fn drop(&mut self) {
+        for handle in &self.handles {
+            handle.send(Message::Stop);
+        }
+        for thread in self.threads.drain(..) {
+            // A panic has been reported by the thread that had it.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Bind this thread to a core.
+fn pin(core: usize) -> io::Result<()> {
+    let mut cpus = CpuSet::new();
+    if core >= CpuSet::MAX_CPU {
+        return Err(io::Error::other(format!("core {core} does not exist")));
+    }
+    cpus.set(core);
+    sched_setaffinity(None, &cpus).map_err(|error| {
+        io::Error::new(
+            io::Error::from(error).kind(),
+            format!("cannot use core {core}: {error}"),
+        )
+    })
 }

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A vhost-user back-end that speaks docs/VHOST_USER.md without an NVMe controller behind it, for tests of the front-end."""
+
+import array
+import mmap
+import os
+import select
+import socket
+import struct
+import threading
+import time
+
+REPLY, NEED_REPLY = 4, 8
+NAMES = {
+    1: "GET_FEATURES", 2: "SET_FEATURES", 3: "SET_OWNER", 12: "SET_VRING_KICK", 13: "SET_VRING_CALL",
+    15: "GET_PROTOCOL_FEATURES", 16: "SET_PROTOCOL_FEATURES", 17: "GET_QUEUE_NUM", 18: "SET_VRING_ENABLE",
+    21: "SET_BACKEND_REQ_FD", 24: "GET_CONFIG", 25: "SET_CONFIG", 34: "RESET_DEVICE", 36: "GET_MAX_MEM_SLOTS",
+    37: "ADD_MEM_REG", 38: "REM_MEM_REG", 44: "GET_SHMEM_CONFIG",
+}
+PROTOCOL = {"MQ": 0, "REPLY_ACK": 3, "BACKEND_REQ": 5, "CONFIG": 9, "BACKEND_SEND_FD": 10, "RESET_DEVICE": 13,
+            "CONFIGURE_MEM_SLOTS": 15, "SHMEM": 22}
+SHMEM_MAP, SHMEM_UNMAP = 9, 10
+
+
+class Closed(Exception):
+    """The front-end closed the connection."""
+
+
+class Backend:
+    """Serves one front-end after the other on `path`. The knobs are attributes to set before start()."""
+
+    def __init__(self, path, **knobs):
+        self.path = path
+        self.vrings = 4
+        self.window = 0x1000
+        self.dstrd = 0
+        self.slots = 32
+        self.lacks = ()             # names of protocol features
+        self.features = 1 << 30 | 1 << 32
+        self.magic = 0x454D564E
+        self.page_version = 1
+        self.short_file = False     # the window's file is shorter than the window
+        self.no_window = False      # never map it
+        self.answer = None          # request name -> bytes to send instead, or "close", or "silence"
+        self.refuse = ()            # names of requests to answer with a failure
+        for name, value in knobs.items():
+            assert hasattr(self, name), name
+            setattr(self, name, value)
+        self.lock = threading.Condition()
+        self.log = []               # (name, body) as they came
+        self.regions = {}           # gpa -> (size, offset, file)
+        self.calls, self.kicks, self.enabled = {}, {}, {}
+        self.registers = bytearray(0x1000)
+        self.main = self.back = None
+        self.connections = 0
+        self.connected = False
+        self.window_fd = os.memfd_create("doorbells")
+        os.ftruncate(self.window_fd, self.window if not self.short_file else self.window // 2)
+        self.doorbells = mmap.mmap(self.window_fd, 0)
+        struct.pack_into("<Q", self.registers, 0, 0x30 << 40 | self.dstrd << 32 | 0x3FF)
+        struct.pack_into("<IIIHHHHHHB", self.registers, 0xF00, self.magic, self.page_version, self.window, self.vrings, 0,
+                         0x1B36, 0x0010, 0x1AF4, 0x1100, 2)
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(path)
+        self.listener.listen(4)
+        self.thread = threading.Thread(target=self._serve, daemon=True)
+        self.thread.start()
+
+    # -- what tests ask
+
+    def names(self):
+        with self.lock:
+            return [name for name, _ in self.log]
+
+    def clear_log(self):
+        with self.lock:
+            self.log.clear()
+
+    def wait(self, condition, what, timeout=10):
+        end = time.monotonic() + timeout
+        with self.lock:
+            while not condition():
+                left = end - time.monotonic()
+                if left <= 0:
+                    raise AssertionError(f"{what} has not happened; log: {[n for n, _ in self.log][-12:]}")
+                self.lock.wait(min(left, 0.2))
+
+    def kicked(self, vring, timeout=0.0):
+        """Takes a kick of this vring, if there is one within the time."""
+        fd = self.kicks[vring]
+        if not select.select([fd], [], [], timeout)[0]:
+            return False
+        os.read(fd, 8)
+        return True
+
+    def interrupt(self, vector):
+        os.write(self.calls[vector], struct.pack("<Q", 1))
+
+    def shmem(self, request, shmid, length=None, offset=0, fd=None, flags=1, need_reply=True):
+        """Sends SHMEM_MAP or SHMEM_UNMAP; True if the front-end agreed."""
+        body = struct.pack("<B7xQQQQ", shmid, 0, offset, self.window if length is None else length, flags)
+        message = struct.pack("<III", request, 1 | (NEED_REPLY if need_reply else 0), len(body)) + body
+        fds = []
+        if request == SHMEM_MAP:
+            fds = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [self.window_fd if fd is None else fd]))]
+        self.back.sendmsg([message], fds)
+        if not need_reply:
+            return True
+        self.back.settimeout(10)
+        answer = b""
+        while len(answer) < 20:
+            more = self.back.recv(20 - len(answer))
+            if not more:
+                raise Closed
+            answer += more
+        got, flags, size, status = struct.unpack("<IIIQ", answer)
+        assert (got, flags, size) == (request, 1 | REPLY, 8), answer
+        return status == 0
+
+    def die(self):
+        """What a killed daemon does: everything closed at once, the window's file with it."""
+        for s in (self.main, self.back):
+            if s:
+                s.shutdown(socket.SHUT_RDWR)
+                s.close()
+        self.back = None
+
+    def close(self):
+        self.listener.close()
+        try:
+            self.die()
+        except OSError:
+            pass
+
+    # -- the other side of the connection
+
+    def _serve(self):
+        while True:
+            try:
+                self.main, _ = self.listener.accept()
+            except OSError:
+                return
+            with self.lock:
+                self.connections += 1
+                self.connected = True
+            try:
+                while True:
+                    self._request()
+            except (Closed, OSError):
+                pass
+            with self.lock:
+                self.connected = False
+                self.regions.clear()
+                self.lock.notify_all()
+            try:
+                self.main.close()
+            except OSError:
+                pass
+
+    def _receive(self, size, fds):
+        data = b""
+        while len(data) < size:
+            part, ancillary, _, _ = self.main.recvmsg(size - len(data), socket.CMSG_SPACE(32))
+            for _, _, payload in ancillary:
+                fds.frombytes(payload)
+            if not part:
+                raise Closed
+            data += part
+        return data
+
+    def _request(self):
+        fds = array.array("i")
+        request, flags, size = struct.unpack("<III", self._receive(12, fds))
+        body = self._receive(size, fds)
+        name = NAMES.get(request, str(request))
+        with self.lock:
+            special = (self.answer or {}).get(name)
+        if special == "close":
+            self.main.close()
+            raise Closed
+        if special == "silence":
+            return
+        if special is not None:
+            self.main.sendall(special)
+            return
+        reply = self._handle(name, body, list(fds))
+        if reply is None and flags & NEED_REPLY:
+            reply = struct.pack("<Q", 1 if name in self.refuse else 0)
+        with self.lock:
+            self.log.append((name, body))
+            self.lock.notify_all()
+        if reply is not None:
+            self.main.sendall(struct.pack("<III", request, 1 | REPLY, len(reply)) + reply)
+
+    def _handle(self, name, body, fds):
+        if name == "GET_FEATURES":
+            return struct.pack("<Q", self.features)
+        if name == "GET_PROTOCOL_FEATURES":
+            return struct.pack("<Q", sum(1 << bit for n, bit in PROTOCOL.items() if n not in self.lacks))
+        if name == "GET_QUEUE_NUM":
+            return struct.pack("<Q", self.vrings)
+        if name == "GET_MAX_MEM_SLOTS":
+            return struct.pack("<Q", self.slots)
+        if name == "GET_SHMEM_CONFIG":
+            return struct.pack("<II256Q", 2, 0, self.window, self.window, *[0] * 254)
+        if name == "GET_CONFIG":
+            offset, size, flags = struct.unpack_from("<III", body)
+            return struct.pack("<III", offset, size, flags) + self.registers[offset:offset + size]
+        if name == "SET_CONFIG":
+            offset, size, _ = struct.unpack_from("<III", body)
+            self.registers[offset:offset + size] = body[12:12 + size]
+        if name == "SET_BACKEND_REQ_FD":
+            self.back = socket.socket(fileno=fds.pop())
+            if not self.no_window:
+                threading.Thread(target=self._map_window, daemon=True).start()
+        if name in ("SET_VRING_CALL", "SET_VRING_KICK"):
+            (self.calls if name == "SET_VRING_CALL" else self.kicks)[struct.unpack("<Q", body)[0] & 0xFF] = fds.pop()
+        if name == "SET_VRING_ENABLE":
+            index, on = struct.unpack("<II", body)
+            self.enabled[index] = on
+        if name == "ADD_MEM_REG":
+            _, gpa, size, _, offset = struct.unpack("<5Q", body)
+            assert gpa not in self.regions, "a region twice"
+            fd = fds.pop()
+            if name not in self.refuse:
+                self.regions[gpa] = (size, offset, fd)
+        if name == "REM_MEM_REG":
+            _, gpa, size, _, offset = struct.unpack("<5Q", body)
+            assert self.regions.pop(gpa)[:2] == (size, offset), "removed what was not added"
+        if name == "RESET_DEVICE":
+            self.doorbells[:] = bytes(len(self.doorbells))
+            self.enabled.clear()
+        assert not fds, f"{name} with a descriptor too many"
+        return None
+
+    def _map_window(self):
+        try:
+            self.shmem(SHMEM_MAP, 0)
+        except (Closed, OSError):
+            pass

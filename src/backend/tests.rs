@@ -1,0 +1,485 @@
+//! The conformance suite on each backend, and what only the file backend can get wrong.
+
+#![expect(
+    unsafe_code,
+    reason = "one test hands the kernel memory that is not there"
+)]
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nvme_spec::Status;
+use tempfile::TempDir;
+
+use super::conformance::{self, Client, Layout, Promise};
+use super::*;
+
+const MIB: u64 = 1 << 20;
+const STORES: Promise = Promise {
+    stores: true,
+    streams: 12,
+};
+const WRITE: Operation = Operation::Write { fua: false };
+
+fn memory(block_shift: u32, bytes: u64) -> Backend {
+    Backend::memory(MemoryOptions {
+        block_shift,
+        blocks: bytes >> block_shift,
+        read_only: false,
+        huge_pages: HugePages::IfFree,
+    })
+    .unwrap()
+}
+
+fn null(read_only: bool) -> Backend {
+    Backend::null(NullOptions {
+        block_shift: 9,
+        blocks: 1 << 40,
+        read_only,
+    })
+    .unwrap()
+}
+
+fn make(dir: &Path, name: &str, bytes: u64) -> PathBuf {
+    let path = dir.join(name);
+    File::create(&path).unwrap().set_len(bytes).unwrap();
+    path
+}
+
+fn file_options(path: &Path, block_shift: u32, direct: bool) -> FileOptions {
+    FileOptions {
+        path: path.to_owned(),
+        block_shift,
+        read_only: false,
+        direct,
+    }
+}
+
+fn open(path: &Path, block_shift: u32, direct: bool) -> Backend {
+    Backend::file(file_options(path, block_shift, direct)).unwrap()
+}
+
+fn is_direct(backend: &Backend) -> bool {
+    matches!(backend, Backend::File(f) if f.is_direct())
+}
+
+/// A directory on a disk's file system: next to this test program, which `/tmp` need not be.
+fn on_disk() -> TempDir {
+    let program = std::env::current_exe().unwrap();
+    tempfile::tempdir_in(program.parent().unwrap()).unwrap()
+}
+
+fn on_tmpfs() -> TempDir {
+    tempfile::tempdir_in("/dev/shm").unwrap()
+}
+
+#[test]
+fn null_conforms() {
+    let promise = Promise {
+        stores: false,
+        streams: 0,
+    };
+    conformance::run(&null(false), promise);
+    conformance::run(&null(true), promise);
+}
+
+#[test]
+fn memory_conforms() {
+    for (block_shift, bytes) in [(9, 8 * MIB), (12, 16 * MIB), (9, 3 * MIB + 512)] {
+        conformance::run(&memory(block_shift, bytes), STORES);
+    }
+}
+
+#[test]
+fn wrappers_pass_through() {
+    let (backend, faults) = memory(9, 4 * MIB).with_faults();
+    conformance::run(&backend, STORES);
+    let (backend, delays) = backend.with_delays();
+    conformance::run(&backend, STORES);
+    // Everything waits a little, and everything is as it was.
+    delays.add(Rule::always(
+        Operations::ALL,
+        Delay(Duration::from_micros(50)),
+    ));
+    faults.add(Rule::always(Operations::ALL, Fault::Fail(Status::INTERNAL_ERROR)).after(u64::MAX));
+    let few = Promise {
+        streams: 2,
+        ..STORES
+    };
+    conformance::run(&backend, few);
+    assert!(
+        backend
+            .describe()
+            .starts_with("delays over faults over memory")
+    );
+}
+
+#[test]
+fn files_on_disk_conform() {
+    let dir = on_disk();
+    let path = make(dir.path(), "disk", 8 * MIB);
+    for block_shift in [9, 12] {
+        for direct in [true, false] {
+            let backend = open(&path, block_shift, direct);
+            if direct && !is_direct(&backend) {
+                eprintln!("NOT TESTED: O_DIRECT with blocks of 2^{block_shift} bytes on this disk");
+            }
+            conformance::run(&backend, STORES);
+        }
+    }
+}
+
+#[test]
+fn files_on_tmpfs_conform() {
+    let dir = on_tmpfs();
+    let path = make(dir.path(), "disk", 3 * MIB + 512);
+    for direct in [true, false] {
+        conformance::run(&open(&path, 9, direct), STORES);
+    }
+    File::create(&path).unwrap().set_len(4 * MIB).unwrap();
+    conformance::run(&open(&path, 12, true), STORES);
+}
+
+#[test]
+fn read_only_files_conform() {
+    let dir = on_disk();
+    let path = make(dir.path(), "disk", 2 * MIB);
+    let backend = Backend::file(FileOptions {
+        read_only: true,
+        ..file_options(&path, 9, true)
+    })
+    .unwrap();
+    conformance::run(&backend, STORES);
+}
+
+#[test]
+fn more_requests_than_the_ring_has_room_for_wait() {
+    let dir = on_disk();
+    let path = make(dir.path(), "disk", 2 * MIB);
+    let depth = 5000;
+    let mut c = Client::new(&open(&path, 9, true), depth);
+    for round in 0..2 {
+        for tag in 0..depth {
+            let done = c.start(tag, Operation::Flush, 0, 0, None, Layout::Whole(0));
+            assert_eq!(done, None);
+        }
+        // The last ones never got into the ring.
+        assert_eq!(c.cancel(depth - 1), Cancelled::Gone);
+        let statuses = c.wait_all();
+        assert_eq!(statuses.len() as u32, depth - 1, "round {round}");
+        assert!(statuses.iter().all(|s| *s == Status::SUCCESS));
+    }
+}
+
+#[test]
+fn data_is_where_others_expect_it() {
+    use std::os::unix::fs::FileExt;
+    let dir = on_disk();
+    let path = make(dir.path(), "disk", 2 * MIB);
+    let mut c = Client::new(&open(&path, 12, true), 1);
+    c.write(3, &[0x5a; 8192], Layout::Pages(4));
+    assert_eq!(c.plain(Operation::Flush, 0, 0), Status::SUCCESS);
+    let mut bytes = [0; 8194];
+    let file = File::open(&path).unwrap();
+    file.read_exact_at(&mut bytes, 3 * 4096 - 1).unwrap();
+    assert_eq!((bytes[0], bytes[8193]), (0, 0));
+    assert!(bytes[1..8193].iter().all(|b| *b == 0x5a));
+}
+
+#[test]
+fn a_file_cut_short_is_an_error_and_no_stale_success() {
+    let dir = on_disk();
+    for (direct, layout) in [
+        (true, Layout::Whole(0)),
+        (true, Layout::Whole(4)),
+        (false, Layout::Pages(8)),
+    ] {
+        let path = make(dir.path(), "disk", 2 * MIB);
+        let mut c = Client::new(&open(&path, 9, direct), 1);
+        // In the middle of block 2000, which no aligned read can reach.
+        let file = File::options().write(true).open(&path).unwrap();
+        file.set_len(2000 * 512 + 100).unwrap();
+        let failed = Status::UNRECOVERED_READ_ERROR;
+        for (slba, blocks) in [(1990, 30), (1000, 2048), (2000, 1), (2001, 1), (4095, 1)] {
+            let status = c.run(Operation::Read, slba, blocks, None, layout);
+            assert_eq!(status, failed, "{blocks}@{slba} {layout:?}");
+            let blocks = blocks.min(100);
+            assert_eq!(c.plain(Operation::Verify, 2000, blocks), failed);
+            let data = vec![0; (blocks as usize) << 9];
+            let compare = c.run(Operation::Compare, 2000, blocks, Some(&data), layout);
+            assert_eq!(compare, failed);
+        }
+        assert_eq!(c.read(1999, 1, layout), vec![0; 512]);
+        // A write makes it longer again.
+        c.write(2000, &[1; 512], layout);
+        assert_eq!(c.read(2000, 1, layout), vec![1; 512]);
+    }
+}
+
+#[test]
+fn memory_that_is_not_there_is_a_transfer_error() {
+    let dir = on_disk();
+    let path = make(dir.path(), "disk", 2 * MIB);
+    for direct in [true, false] {
+        let backend = open(&path, 9, direct);
+        let mut channel = backend.channel(1).unwrap();
+        // SAFETY: a new mapping; it is gone before anybody but the kernel uses it, which answers EFAULT.
+        let segs = unsafe {
+            use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+            let (none, flags) = (std::ptr::null_mut(), MapFlags::PRIVATE);
+            let gone = mmap_anonymous(none, 8192, ProtFlags::empty(), flags).unwrap();
+            let segs = [crate::memory::HostSeg::of_raw(gone.cast(), 4096)];
+            munmap(gone, 8192).unwrap();
+            segs
+        };
+        for operation in [WRITE, Operation::Read] {
+            let request = Request {
+                operation,
+                slba: 0,
+                blocks: 8,
+                // SAFETY: it does not keep the promise, which is the test: only the kernel looks at it.
+                data: unsafe { crate::memory::Buffers::new(&segs) },
+            };
+            // SAFETY: as above.
+            assert_eq!(unsafe { channel.submit(0, &request) }, Submitted::Pending);
+            let mut out = Vec::with_capacity(1);
+            let start = Instant::now();
+            while out.is_empty() && start.elapsed() < Duration::from_secs(10) {
+                channel.flush();
+                channel.poll(&mut out);
+                std::thread::yield_now();
+            }
+            let status = Status::DATA_TRANSFER_ERROR;
+            assert_eq!(out, [Finished { tag: 0, status }], "{operation:?}");
+        }
+    }
+}
+
+#[test]
+fn files_that_cannot_be_used_say_why() {
+    let dir = on_disk();
+    let error = |options: FileOptions| Backend::file(options).err().unwrap().to_string();
+    let odd = make(dir.path(), "odd", 2 * MIB + 100);
+    let e = error(file_options(&odd, 9, true));
+    assert!(e.contains("odd") && e.contains("2097152 or 2097664"), "{e}");
+    let e = error(file_options(&dir.path().join("none"), 9, true));
+    assert!(e.contains("truncate"), "{e}");
+    let e = error(file_options(dir.path(), 9, true));
+    assert!(e.contains("neither a file nor a block device"), "{e}");
+    let e = error(file_options(Path::new("/dev/zero"), 9, true));
+    assert!(e.contains("neither a file nor a block device"), "{e}");
+    let empty = make(dir.path(), "empty", 0);
+    let e = error(file_options(&empty, 9, true));
+    assert!(e.contains("0 bytes"), "{e}");
+    let e = error(file_options(&make(dir.path(), "a", 4096), 11, true));
+    assert!(e.contains("512 or 4096"), "{e}");
+}
+
+#[test]
+fn a_file_belongs_to_one_namespace() {
+    let dir = on_disk();
+    let path = make(dir.path(), "disk", MIB);
+    let read_only = || FileOptions {
+        read_only: true,
+        ..file_options(&path, 9, true)
+    };
+    let first = open(&path, 9, true);
+    let channel = first.channel(4).unwrap();
+    let e = Backend::file(file_options(&path, 9, true)).err().unwrap();
+    assert!(e.to_string().contains("in use"), "{e}");
+    assert!(Backend::file(read_only()).is_err(), "a writer has it");
+    drop(first);
+    assert!(Backend::file(read_only()).is_err(), "a channel has it");
+    drop(channel);
+    let a = Backend::file(read_only()).unwrap();
+    let b = Backend::file(read_only()).unwrap();
+    assert!(Backend::file(file_options(&path, 9, true)).is_err());
+    drop((a, b));
+    open(&path, 9, true);
+}
+
+#[test]
+fn faults_fail_shorten_and_swallow() {
+    let dir = on_disk();
+    let path = make(dir.path(), "disk", 4 * MIB);
+    for backend in [memory(9, 4 * MIB), open(&path, 9, true)] {
+        let (backend, faults) = backend.with_faults();
+        let mut c = Client::new(&backend, 4);
+        c.wipe();
+
+        let id = faults
+            .add(Rule::once(Operations::WRITE, Fault::Fail(Status::WRITE_FAULT)).on_blocks(10..11));
+        let ones = vec![1; 4 * 512];
+        c.write(11, &ones[..512], Layout::Whole(0));
+        let status = c.run(WRITE, 8, 4, Some(&ones), Layout::Whole(0));
+        assert_eq!(status, Status::WRITE_FAULT);
+        assert_eq!(faults.hits(id), Some(1));
+        assert_eq!(
+            c.read(8, 3, Layout::Whole(0)),
+            vec![0; 3 * 512],
+            "untouched"
+        );
+        c.write(8, &ones, Layout::Whole(0));
+
+        // A short write: the first part is there, the rest is not, and nobody is told it is.
+        faults.add(Rule::once(Operations::WRITE, Fault::Shorten(3)));
+        let twos = vec![2; 8 * 512];
+        let status = c.run(WRITE, 20, 8, Some(&twos), Layout::Pages(512));
+        assert_eq!(status, Status::WRITE_FAULT);
+        let back = c.read(20, 8, Layout::Whole(0));
+        assert_eq!(back, [vec![2; 3 * 512], vec![0; 5 * 512]].concat());
+
+        faults.add(Rule::once(Operations::READ, Fault::Shorten(u32::MAX)));
+        let status = c.run(Operation::Read, 20, 2, None, Layout::Whole(0));
+        assert_eq!(status, Status::UNRECOVERED_READ_ERROR);
+        assert_eq!(c.take(0), [vec![2; 512], vec![0xa5; 512]].concat());
+
+        faults.add(Rule::once(Operations::READ, Fault::NeverComplete));
+        let done = c.start(3, Operation::Read, 0, 1, None, Layout::Whole(0));
+        assert_eq!((done, c.pending()), (None, 1));
+        assert!(!c.wakes_within(Duration::from_millis(20)));
+        assert_eq!(c.poll(usize::MAX), 0);
+        assert_eq!(c.cancel(3), Cancelled::Gone);
+        assert_eq!(c.pending(), 0);
+        faults.clear();
+        c.read(0, 8, Layout::Whole(0));
+    }
+}
+
+#[test]
+fn delays_wait_asleep_and_can_be_cancelled() {
+    let dir = on_disk();
+    let path = make(dir.path(), "disk", 4 * MIB);
+    for backend in [null(false), memory(9, 4 * MIB), open(&path, 9, true)] {
+        let (backend, delays) = backend.with_delays();
+        let mut c = Client::new(&backend, 4);
+        delays.add(Rule::always(
+            Operations::READ,
+            Delay(Duration::from_millis(30)),
+        ));
+        let start = Instant::now();
+        assert_eq!(
+            c.start(1, Operation::Read, 0, 8, None, Layout::Pages(0)),
+            None
+        );
+        assert_eq!(
+            c.start(2, Operation::Read, 0, 8, None, Layout::Pages(0)),
+            None
+        );
+        // What is not delayed overtakes.
+        c.write(100, &[3; 512], Layout::Whole(0));
+        assert_eq!(c.cancel(2), Cancelled::Gone);
+        assert_eq!(c.wait(1), Status::SUCCESS);
+        assert!(start.elapsed() >= Duration::from_millis(30));
+        assert_eq!(c.pending(), 0);
+        assert!(
+            !c.wakes_within(Duration::from_millis(50)),
+            "the timer is off"
+        );
+        // A very long one, and the end of the channel in the middle of it.
+        delays.clear();
+        delays.add(Rule::always(Operations::ALL, Delay(Duration::MAX)));
+        assert_eq!(
+            c.start(0, Operation::Read, 0, 8, None, Layout::Pages(0)),
+            None
+        );
+        assert_eq!(c.poll(usize::MAX), 0);
+        c.drop_channel();
+    }
+}
+
+/// Runs a command; `None`, said loudly, if it fails (no root, no such tool).
+fn try_command(test: &str, program: &str, args: &[&str]) -> Option<String> {
+    let output = std::process::Command::new(program).args(args).output();
+    match output {
+        Ok(o) if o.status.success() => Some(String::from_utf8_lossy(&o.stdout).trim().to_owned()),
+        Ok(o) => {
+            let stderr = String::from_utf8_lossy(&o.stderr);
+            eprintln!("NOT TESTED: {test}: {program} {args:?}: {}", stderr.trim());
+            None
+        }
+        Err(e) => {
+            eprintln!("NOT TESTED: {test}: {program}: {e}");
+            None
+        }
+    }
+}
+
+/// Undoes something when it goes.
+struct Undo(Vec<String>);
+
+impl Drop for Undo {
+    fn drop(&mut self) {
+        let result = std::process::Command::new(&self.0[0])
+            .args(&self.0[1..])
+            .status();
+        assert!(
+            std::thread::panicking() || result.is_ok_and(|s| s.success()),
+            "{:?}",
+            self.0
+        );
+    }
+}
+
+#[test]
+fn a_full_disk_is_capacity_exceeded() {
+    let test = "a full disk";
+    let dir = on_disk();
+    let at = dir.path().to_str().unwrap();
+    let args = ["-t", "tmpfs", "-o", "size=1m", "none", at];
+    if try_command(test, "mount", &args).is_none() {
+        return;
+    }
+    let _undo = Undo(vec!["umount".into(), at.into()]);
+    let path = make(dir.path(), "disk", 4 * MIB);
+    let backend = open(&path, 12, true);
+    let mut c = Client::new(&backend, 1);
+    let data = vec![1; 256 << 10];
+    let mut statuses = (0..8).map(|i| c.run(WRITE, i * 64, 64, Some(&data), Layout::Pages(4)));
+    assert_eq!(statuses.next(), Some(Status::SUCCESS));
+    let full = statuses.find(|s| *s != Status::SUCCESS);
+    assert_eq!(full, Some(Status::CAPACITY_EXCEEDED));
+    // Room again once something is given back.
+    c.wipe();
+    c.write(0, &data, Layout::Whole(0));
+}
+
+#[test]
+fn block_devices_conform_and_their_errors_show() {
+    let test = "block devices";
+    let dir = on_disk();
+    let backing = make(dir.path(), "backing", 8 * MIB);
+    for (sector, block_shift) in [("512", 9), ("512", 12), ("4096", 12), ("4096", 9)] {
+        let backing = backing.to_str().unwrap();
+        let args = ["--show", "-f", "-b", sector, backing];
+        let Some(device) = try_command(test, "losetup", &args) else {
+            return;
+        };
+        let _undo = Undo(vec!["losetup".into(), "-d".into(), device.clone()]);
+        let device = Path::new(&device);
+        for direct in [true, false] {
+            let backend = open(device, block_shift, direct);
+            // Sectors larger than our blocks: only through the page cache.
+            let possible = direct && (sector, block_shift) != ("4096", 9);
+            assert_eq!(is_direct(&backend), possible);
+            assert!(Backend::file(file_options(device, 9, direct)).is_err());
+            let few = Promise {
+                streams: 4,
+                ..STORES
+            };
+            conformance::run(&backend, few);
+        }
+        if sector == "512" && block_shift == 9 {
+            let backend = open(device, 9, true);
+            let mut c = Client::new(&backend, 1);
+            let file = File::options().write(true).open(backing).unwrap();
+            file.set_len(MIB).unwrap();
+            for layout in [Layout::Whole(0), Layout::Whole(4)] {
+                let status = c.run(Operation::Read, 4096, 8, None, layout);
+                assert_eq!(status, Status::UNRECOVERED_READ_ERROR);
+            }
+            file.set_len(8 * MIB).unwrap();
+        }
+    }
+}

@@ -1,0 +1,139 @@
+//! A completion queue on its poller: room, posting, interrupts.
+
+use std::sync::Arc;
+
+use nvme_spec::ring::{Phase, RingSize};
+use nvme_spec::{Cqe, StatusField};
+
+use super::bell::Bell;
+use super::message::Vector;
+use super::stats::QueueStats;
+use crate::memory::Ring;
+
+/// A completion queue.
+///
+/// `owed + unread < size` always: each fetched command has its place here before it is fetched, so that a completion
+/// never finds the queue full.
+pub(super) struct Cq {
+    pub qid: u16,
+    pub base: u64,
+    pub size: RingSize,
+    /// `None` while its memory is not there.
+    pub ring: Option<Ring<2>>,
+    pub bell: Bell,
+    pub vector: Option<Arc<Vector>>,
+    pub stats: Arc<QueueStats>,
+    /// Where the next entry goes.
+    tail: u16,
+    phase: Phase,
+    /// The guest's head, as of the last look.
+    head: u16,
+    /// Commands that were fetched and have not completed.
+    owed: u32,
+    /// Entries posted since the last interrupt.
+    unsignalled: bool,
+    /// The guest wrote a head that cannot be; nothing is fetched for this queue any more.
+    pub broken: bool,
+}
+
+/// A guest's head doorbell holds a value that its queue does not have.
+pub(super) struct InvalidHead;
+
+impl Cq {
+    pub fn new(config: super::CqConfig, ring: Ring<2>, bell: Bell) -> Self {
+        bell.suppress(0);
+        Self {
+            qid: config.qid,
+            base: config.base,
+            size: config.size,
+            ring: Some(ring),
+            bell,
+            vector: config.vector,
+            stats: config.stats,
+            tail: 0,
+            phase: Phase::from_bit(true),
+            head: 0,
+            owed: 0,
+            unsignalled: false,
+            broken: false,
+        }
+    }
+
+    /// Places that are neither taken nor promised, as of the last look at the head.
+    #[inline]
+    fn room(&self) -> u32 {
+        self.size
+            .free(self.head, self.tail)
+            .saturating_sub(self.owed)
+    }
+
+    /// Room for up to `wanted` more commands; looks at the guest's head only when there seems to be less.
+    #[inline]
+    pub fn reserve(&mut self, wanted: u32) -> Result<u32, InvalidHead> {
+        let room = self.room();
+        if room >= wanted {
+            return Ok(wanted);
+        }
+        self.look()?;
+        Ok(self.room().min(wanted))
+    }
+
+    /// Look at the guest's head.
+    pub fn look(&mut self) -> Result<(), InvalidHead> {
+        if self.broken {
+            return Ok(());
+        }
+        let value = self.bell.load();
+        let posted = self.size.distance(self.head, self.tail);
+        match self.size.index(value) {
+            Some(head) if self.size.distance(self.head, head) <= posted => {
+                self.head = head;
+                self.bell.suppress(head);
+                Ok(())
+            }
+            _ => {
+                self.broken = true;
+                Err(InvalidHead)
+            }
+        }
+    }
+
+    /// A command has been fetched: it has a place here until it is posted or given up.
+    #[inline]
+    pub fn promise(&mut self) {
+        self.owed += 1;
+    }
+
+    /// Post the completion of a promised command.
+    #[inline]
+    pub fn post(&mut self, mut cqe: Cqe, status: StatusField) {
+        self.owed = self.owed.saturating_sub(1);
+        let Some(ring) = &self.ring else {
+            // The guest took its own queue's memory away; nobody can be told.
+            return;
+        };
+        cqe.status = status.with_p(self.phase.bit());
+        ring.write(u32::from(self.tail), cqe.to_halves());
+        (self.tail, self.phase) = self.size.next_with_phase(self.tail, self.phase);
+        self.unsignalled = true;
+    }
+
+    /// Interrupt the guest if something was posted since the last time.
+    #[inline]
+    pub fn signal(&mut self) {
+        if !std::mem::take(&mut self.unsignalled) {
+            return;
+        }
+        if let Some(vector) = &self.vector {
+            self.stats.interrupts.add(1);
+            if let Err(error) = vector.signal() {
+                tracing::debug!(cq = self.qid, %error, "interrupt not delivered");
+            }
+        }
+    }
+
+    /// The head as of the last look.
+    pub fn head(&self) -> u16 {
+        self.head
+    }
+}

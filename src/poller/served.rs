@@ -1,0 +1,377 @@
+//! What a poller knows of one controller: its queues, its channels, its memory.
+
+use std::sync::Arc;
+
+use nvme_spec::Status;
+use nvme_spec::doorbell::Doorbell;
+
+use super::bell::{Bell, Shadow};
+use super::cq::Cq;
+use super::message::{
+    Attachment, CqConfig, DoorbellMode, IoFailure, PollerEvent, Reply, ShadowConfig, SqConfig,
+};
+use super::sq::Sq;
+use crate::backend::{AnyChannel, OpenError};
+use crate::io::Limits;
+use crate::memory::{GuestMap, Ring, SharedWord};
+
+/// Queue identifiers are below this: vectors and kicks are one eventfd each, of which vhost-user has 64.
+pub(super) const MAX_QUEUES: usize = 64;
+
+/// Failures that are reported one by one between two looks at the clock; the counters count all.
+const REPORTS: u32 = 64;
+
+/// A change that waits for commands that are out.
+pub(super) enum Waiting {
+    /// The old memory goes when no slot uses its lost regions any more.
+    Memory {
+        token: u64,
+        old: Arc<GuestMap>,
+        new: Arc<GuestMap>,
+    },
+    /// All queues are forgotten when nothing is out.
+    Reset { token: u64, detach: bool },
+}
+
+/// One controller on one poller.
+///
+/// Channels come first, so that they are dropped first: dropping them ends all use of guest memory.
+pub(super) struct Served {
+    pub channels: Vec<AnyChannel>,
+    pub index: u32,
+    pub poller: usize,
+    pub at: Attachment,
+    pub sqs: Vec<Option<Sq>>,
+    pub cqs: Vec<Option<Cq>>,
+    /// Identifiers of the submission queues that exist, for the pass.
+    pub active: Vec<u16>,
+    /// Identifiers of the completion queues that exist.
+    pub active_cqs: Vec<u16>,
+    pub shadow: Option<ShadowConfig>,
+    pub limits: Limits,
+    /// Commands that are out.
+    pub outstanding: usize,
+    pub waiting: Vec<Waiting>,
+    /// A queue is being deleted, or something waits.
+    pub unsettled: bool,
+    /// Commands were handed to channels in this pass.
+    pub submitted: bool,
+    /// Batches found on queues without shadow doorbells since the last look at the clock.
+    pub unshadowed_batches: u32,
+    pub reports_left: u32,
+    /// The admin doorbells as last seen, while watched.
+    pub admin: Option<[(SharedWord, u32); 2]>,
+    /// What was asked of the controller last, so as not to ask again.
+    pub wanted: Option<DoorbellMode>,
+}
+
+impl Served {
+    pub fn new(at: Attachment, index: u32, poller: usize, depth: usize) -> Result<Self, OpenError> {
+        let depth = u32::try_from(depth).unwrap_or(u32::MAX);
+        let channels = at
+            .namespaces
+            .iter()
+            .map(|ns| ns.backend.channel(depth))
+            .collect::<Result<_, _>>()?;
+        Ok(Self {
+            channels,
+            index,
+            poller,
+            limits: Limits {
+                max_transfer: at.max_transfer,
+            },
+            at,
+            sqs: (0..MAX_QUEUES).map(|_| None).collect(),
+            cqs: (0..MAX_QUEUES).map(|_| None).collect(),
+            active: Vec::with_capacity(MAX_QUEUES),
+            active_cqs: Vec::with_capacity(MAX_QUEUES),
+            shadow: None,
+            outstanding: 0,
+            waiting: Vec::new(),
+            unsettled: false,
+            submitted: false,
+            unshadowed_batches: 0,
+            reports_left: REPORTS,
+            admin: None,
+            wanted: None,
+        })
+    }
+
+    pub fn reply(&self, token: u64, result: Result<bool, Status>) {
+        self.at.sink.reply(self.poller, Reply { token, result });
+    }
+
+    pub fn event(&self, event: PollerEvent) {
+        self.at.sink.event(self.poller, event);
+    }
+
+    /// Report a failed command, unless there have been too many of late.
+    pub fn report(&mut self, failure: IoFailure) {
+        if self.reports_left > 0 {
+            self.reports_left -= 1;
+            self.event(PollerEvent::Failed(failure));
+        }
+    }
+
+    /// Some time has passed.
+    pub fn tick(&mut self) {
+        self.reports_left = REPORTS;
+        self.unshadowed_batches = 0;
+    }
+
+    /// The doorbell of a queue that is being made, with its shadow, if there is one. The register may still hold what an
+    /// earlier queue of this identifier left there; with a new queue it begins at 0.
+    fn bell(&self, doorbell: Doorbell) -> Result<Bell, Status> {
+        let offset = self.at.stride.window_offset(doorbell) as usize;
+        let register =
+            SharedWord::in_window(&self.at.window, offset).ok_or(Status::INVALID_QUEUE_ID)?;
+        register.store(0);
+        let shadow = match self.shadow {
+            None => None,
+            Some(config) => Some(self.shadow_of(config, doorbell)?),
+        };
+        Ok(Bell::new(register, shadow))
+    }
+
+    fn shadow_of(&self, config: ShadowConfig, doorbell: Doorbell) -> Result<Shadow, Status> {
+        let offset = self.at.stride.shadow_offset(doorbell);
+        let word = |page: u64| {
+            page.checked_add(offset)
+                .and_then(|gpa| SharedWord::in_guest(&self.at.map, gpa))
+                .ok_or(Status::DATA_TRANSFER_ERROR)
+        };
+        Ok(Shadow {
+            value: word(config.doorbells)?,
+            event_idx: word(config.event_idx)?,
+        })
+    }
+
+    pub fn create_cq(&mut self, config: CqConfig) -> Result<(), Status> {
+        let ring = Ring::new(&self.at.map, config.base, config.size.get())
+            .ok_or(Status::DATA_TRANSFER_ERROR)?;
+        let bell = self.bell(Doorbell::Cq(config.qid))?;
+        let place = self
+            .cqs
+            .get_mut(usize::from(config.qid))
+            .filter(|place| place.is_none() && config.qid != 0)
+            .ok_or(Status::INVALID_QUEUE_ID)?;
+        self.active_cqs.push(config.qid);
+        *place = Some(Cq::new(config, ring, bell));
+        Ok(())
+    }
+
+    pub fn create_sq(&mut self, config: SqConfig) -> Result<(), Status> {
+        if self.cq(config.cqid).is_none() {
+            return Err(Status::COMPLETION_QUEUE_INVALID);
+        }
+        let ring = Ring::new(&self.at.map, config.base, config.size.get())
+            .ok_or(Status::DATA_TRANSFER_ERROR)?;
+        let bell = self.bell(Doorbell::Sq(config.qid))?;
+        let place = self
+            .sqs
+            .get_mut(usize::from(config.qid))
+            .filter(|place| place.is_none() && config.qid != 0)
+            .ok_or(Status::INVALID_QUEUE_ID)?;
+        self.active.push(config.qid);
+        *place = Some(Sq::new(config, ring, bell));
+        Ok(())
+    }
+
+    pub fn delete_cq(&mut self, qid: u16) -> Result<(), Status> {
+        if self.sqs.iter().flatten().any(|sq| sq.cqid == qid) {
+            return Err(Status::INVALID_QUEUE_DELETION);
+        }
+        let place = self
+            .cqs
+            .get_mut(usize::from(qid))
+            .filter(|place| place.is_some())
+            .ok_or(Status::INVALID_QUEUE_ID)?;
+        *place = None;
+        self.active_cqs.retain(|q| *q != qid);
+        Ok(())
+    }
+
+    pub fn sq(&mut self, qid: u16) -> Option<&mut Sq> {
+        self.sqs.get_mut(usize::from(qid))?.as_mut()
+    }
+
+    pub fn cq(&mut self, qid: u16) -> Option<&mut Cq> {
+        self.cqs.get_mut(usize::from(qid))?.as_mut()
+    }
+
+    /// Use shadow doorbells, for the queues that exist too. All or nothing.
+    pub fn set_shadow(&mut self, config: ShadowConfig) -> Result<(), Status> {
+        let mut sqs = Vec::new();
+        for sq in self.sqs.iter().flatten() {
+            sqs.push((sq.qid, self.shadow_of(config, Doorbell::Sq(sq.qid))?));
+        }
+        let mut cqs = Vec::new();
+        for cq in self.cqs.iter().flatten() {
+            cqs.push((cq.qid, self.shadow_of(config, Doorbell::Cq(cq.qid))?));
+        }
+        self.shadow = Some(config);
+        // What was rung so far is carried over: the guest has not written its copy yet.
+        for (qid, shadow) in sqs {
+            if let Some(sq) = self.sq(qid) {
+                shadow.value.store(sq.bell.load());
+                sq.bell.set_shadow(Some(shadow));
+            }
+        }
+        for (qid, shadow) in cqs {
+            if let Some(cq) = self.cq(qid) {
+                shadow.value.store(cq.bell.load());
+                cq.bell.set_shadow(Some(shadow));
+            }
+        }
+        Ok(())
+    }
+
+    /// Forget the shadow doorbells: first of all at a reset, since their pages will be somebody else's.
+    pub fn drop_shadow(&mut self) {
+        self.shadow = None;
+        for sq in self.sqs.iter_mut().flatten() {
+            sq.bell.set_shadow(None);
+        }
+        for cq in self.cqs.iter_mut().flatten() {
+            cq.bell.set_shadow(None);
+        }
+    }
+
+    /// Forget every queue.
+    pub fn drop_queues(&mut self) {
+        self.drop_shadow();
+        self.sqs.iter_mut().for_each(|sq| *sq = None);
+        self.cqs.iter_mut().for_each(|cq| *cq = None);
+        self.active.clear();
+        self.active_cqs.clear();
+    }
+
+    /// Use other memory; returns what was used so far. Queues whose memory is not there any more stop until it is.
+    pub fn set_map(&mut self, map: Arc<GuestMap>) -> Arc<GuestMap> {
+        let old = std::mem::replace(&mut self.at.map, map);
+        let mut gone = Vec::new();
+        let map = Arc::clone(&self.at.map);
+        for sq in self.sqs.iter_mut().flatten() {
+            sq.ring = Ring::new(&map, sq.base, sq.size.get());
+            if sq.ring.is_none() {
+                gone.push(sq.qid);
+            }
+        }
+        for cq in self.cqs.iter_mut().flatten() {
+            cq.ring = Ring::new(&map, cq.base, cq.size.get());
+            if cq.ring.is_none() {
+                gone.push(cq.qid);
+            }
+        }
+        if let Some(config) = self.shadow
+            && self.renew_shadow(config).is_err()
+        {
+            // The pages are gone. The registers still work: a guest that can ring at all rings them.
+            self.drop_shadow();
+            self.shadow = Some(config);
+            gone.extend(self.active.iter().copied());
+        }
+        for qid in gone {
+            self.event(PollerEvent::QueueMemoryGone { qid });
+        }
+        old
+    }
+
+    /// Find the shadow words again after a memory change; their contents stay.
+    fn renew_shadow(&mut self, config: ShadowConfig) -> Result<(), Status> {
+        for qid in self.active.clone() {
+            let shadow = self.shadow_of(config, Doorbell::Sq(qid))?;
+            if let Some(sq) = self.sq(qid) {
+                sq.bell.set_shadow(Some(shadow));
+            }
+        }
+        for qid in self.active_cqs.clone() {
+            let shadow = self.shadow_of(config, Doorbell::Cq(qid))?;
+            if let Some(cq) = self.cq(qid) {
+                cq.bell.set_shadow(Some(shadow));
+            }
+        }
+        Ok(())
+    }
+
+    /// Watch the admin doorbells, or stop to.
+    pub fn watch_admin(&mut self, on: bool) {
+        self.admin = None;
+        if !on {
+            return;
+        }
+        let word = |doorbell| {
+            let offset = self.at.stride.window_offset(doorbell) as usize;
+            SharedWord::in_window(&self.at.window, offset)
+        };
+        if let (Some(sq), Some(cq)) = (word(Doorbell::Sq(0)), word(Doorbell::Cq(0))) {
+            let seen = [sq.load(), cq.load()];
+            self.admin = Some([(sq, seen[0]), (cq, seen[1])]);
+            // Between the controller's last look and ours something may have been rung.
+            self.event(PollerEvent::AdminRung);
+        }
+    }
+
+    /// Report a ring of the admin doorbells.
+    pub fn look_at_admin(&mut self) -> bool {
+        let Some(words) = &mut self.admin else {
+            return false;
+        };
+        let mut rung = false;
+        for (word, seen) in words {
+            let now = word.load();
+            rung |= now != *seen;
+            *seen = now;
+        }
+        if rung {
+            self.event(PollerEvent::AdminRung);
+        }
+        rung
+    }
+
+    /// Whether a guest can give us work.
+    pub fn has_queues(&self) -> bool {
+        !self.active.is_empty() || self.admin.is_some()
+    }
+
+    /// Whether some queue can only be rung by its register.
+    pub fn has_unshadowed(&self) -> bool {
+        self.admin.is_some() || self.sqs.iter().flatten().any(|sq| !sq.bell.has_shadow())
+    }
+
+    /// Ask the guest to ring for everything we wait for. A full fence and [`Self::has_work`] must follow.
+    pub fn arm(&self) {
+        for sq in self.sqs.iter().flatten() {
+            sq.bell.arm(sq.tail);
+            if sq.head != sq.tail
+                && let Some(cq) = self.cqs.get(usize::from(sq.cqid)).and_then(Option::as_ref)
+            {
+                // Commands wait for room in the completion queue: its head has to wake us.
+                cq.bell.arm(cq.head());
+            }
+        }
+    }
+
+    /// Whether there is something a pass would do, seen without doing it.
+    pub fn has_work(&self) -> bool {
+        let rung = self.sqs.iter().flatten().any(|sq| {
+            if sq.state != super::sq::State::Running || sq.ring.is_none() {
+                return false;
+            }
+            if sq.bell.load() != u32::from(sq.tail) {
+                return true;
+            }
+            sq.head != sq.tail
+                && self
+                    .cqs
+                    .get(usize::from(sq.cqid))
+                    .and_then(Option::as_ref)
+                    .is_some_and(|cq| !cq.broken && cq.bell.load() != u32::from(cq.head()))
+        });
+        rung || self
+            .admin
+            .iter()
+            .flatten()
+            .any(|(word, seen)| word.load() != *seen)
+    }
+}

@@ -1,0 +1,127 @@
+//! A submission queue on its poller: how far the guest is, how far we are.
+
+use std::fs::File;
+use std::sync::Arc;
+
+use nvme_spec::ring::RingSize;
+
+use super::bell::Bell;
+use super::stats::QueueStats;
+use crate::memory::Ring;
+
+/// Commands whose abort was asked for before they were fetched (Identify ACL is small).
+pub(super) const MAX_ABORTS_WAITING: usize = 8;
+
+/// Whether commands are fetched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum State {
+    Running,
+    /// The guest rang with a value its queue does not have; only deletion or reset helps.
+    Stopped,
+    /// Being deleted: the reply goes out when no command is out.
+    Deleting {
+        token: u64,
+    },
+}
+
+/// A submission queue.
+pub(super) struct Sq {
+    pub qid: u16,
+    pub base: u64,
+    pub size: RingSize,
+    /// `None` while its memory is not there.
+    pub ring: Option<Ring<8>>,
+    pub bell: Bell,
+    pub cqid: u16,
+    pub state: State,
+    pub kick: Option<Arc<File>>,
+    pub stats: Arc<QueueStats>,
+    /// The next command to be fetched.
+    pub head: u16,
+    /// The guest's tail, as of the last look.
+    pub tail: u16,
+    /// Commands that were fetched and have not completed.
+    pub outstanding: u32,
+    /// Command identifiers to be aborted when they are fetched.
+    pub aborts: Vec<u16>,
+}
+
+/// A guest's tail doorbell holds a value that its queue does not have.
+pub(super) struct InvalidTail;
+
+impl Sq {
+    pub fn new(config: super::SqConfig, ring: Ring<8>, bell: Bell) -> Self {
+        bell.suppress(0);
+        Self {
+            qid: config.qid,
+            base: config.base,
+            size: config.size,
+            ring: Some(ring),
+            bell,
+            cqid: config.cqid,
+            state: State::Running,
+            kick: config.kick,
+            stats: config.stats,
+            head: 0,
+            tail: 0,
+            outstanding: 0,
+            aborts: Vec::with_capacity(MAX_ABORTS_WAITING),
+        }
+    }
+
+    /// Look at the guest's tail; the number of commands to fetch.
+    #[inline]
+    pub fn look(&mut self) -> Result<u32, InvalidTail> {
+        if self.state != State::Running || self.ring.is_none() {
+            return Ok(0);
+        }
+        let value = self.bell.load();
+        if value != u32::from(self.tail) {
+            let Some(tail) = self.size.index(value) else {
+                self.state = State::Stopped;
+                return Err(InvalidTail);
+            };
+            self.tail = tail;
+            self.bell.suppress(tail);
+        }
+        Ok(self.size.distance(self.head, self.tail))
+    }
+
+    /// Copy the next command out. Call only as often as [`Self::look`] said.
+    #[inline]
+    pub fn take(&mut self) -> Option<[u64; 8]> {
+        let ring = self.ring.as_ref()?;
+        let words = ring.read(u32::from(self.head));
+        self.head = self.size.next(self.head);
+        ring.prefetch(u32::from(self.head));
+        Some(words)
+    }
+
+    /// Whether this command was aborted before it was fetched.
+    #[inline]
+    pub fn was_aborted(&mut self, cid: u16) -> bool {
+        if self.aborts.is_empty() {
+            return false;
+        }
+        match self.aborts.iter().position(|a| *a == cid) {
+            Some(i) => {
+                self.aborts.swap_remove(i);
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// Whether a command that was not fetched yet has this identifier.
+    pub fn holds_unfetched(&self, cid: u16) -> bool {
+        let Some(ring) = &self.ring else { return false };
+        let mut at = self.head;
+        for _ in 0..self.size.distance(self.head, self.tail) {
+            if (ring.read(u32::from(at))[0] >> 16) as u16 == cid {
+                return true;
+            }
+            at = self.size.next(at);
+        }
+        false
+    }
+}

@@ -1,0 +1,588 @@
+//! A guest made of raw memory against a real poller thread.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, unbounded};
+use nvme_spec::doorbell::{Doorbell, DoorbellStride, need_event};
+use nvme_spec::opcode::NvmOpcode;
+use nvme_spec::ring::RingSize;
+use nvme_spec::{Cqe, Sqe, Status};
+
+use super::*;
+use crate::backend::{Backend, HugePages, MemoryOptions};
+use crate::io::test_memory;
+use crate::memory::{DoorbellWindow, GuestMap, Ring, SharedWord};
+use crate::poller::stats::{NamespaceStats, QueueStats};
+
+const KEY: ControllerKey = ControllerKey(7);
+const SQ: u64 = 0x1_0000;
+const CQ: u64 = 0x2_0000;
+const SHADOW: ShadowConfig = ShadowConfig {
+    doorbells: 0x3_0000,
+    event_idx: 0x3_1000,
+};
+const DATA: u64 = 0x4_0000;
+
+struct Sink {
+    replies: Sender<Reply>,
+    events: Sender<PollerEvent>,
+}
+
+impl ControlSink for Sink {
+    fn reply(&self, _: usize, reply: Reply) {
+        let _ = self.replies.send(reply);
+    }
+    fn event(&self, _: usize, event: PollerEvent) {
+        let _ = self.events.send(event);
+    }
+}
+
+/// A guest with one queue pair.
+struct Guest {
+    pool: PollerPool,
+    map: Arc<GuestMap>,
+    window: Arc<DoorbellWindow>,
+    replies: Receiver<Reply>,
+    events: Receiver<PollerEvent>,
+    size: RingSize,
+    shadow: bool,
+    kick: std::fs::File,
+    vector: Arc<Vector>,
+    calls: std::fs::File,
+    tail: u16,
+    head: u16,
+    phase: bool,
+    token: u64,
+    /// Times the guest had to ring by register.
+    rings: u32,
+}
+
+fn eventfd() -> (std::fs::File, std::fs::File) {
+    use rustix::event::{EventfdFlags, eventfd};
+    let a: std::fs::File = eventfd(0, EventfdFlags::NONBLOCK).unwrap().into();
+    let b = a.try_clone().unwrap();
+    (a, b)
+}
+
+impl Guest {
+    fn new(size: u32, idle: IdlePolicy, shadow: bool) -> Self {
+        let pool = PollerPool::start(&[PollerConfig {
+            core: None,
+            idle,
+            poll_for: Duration::from_micros(20),
+            slots: 64,
+        }])
+        .unwrap();
+        let (replies_tx, replies) = unbounded();
+        let (events_tx, events) = unbounded();
+        let map = test_memory(0x10_0000);
+        let window = DoorbellWindow::new(4096).unwrap();
+        let backend = Backend::memory(MemoryOptions {
+            block_shift: 12,
+            blocks: 256,
+            read_only: false,
+            huge_pages: HugePages::Never,
+        })
+        .unwrap();
+        let geometry = backend.geometry();
+        let (kick, kick_theirs) = eventfd();
+        let (calls, call_theirs) = eventfd();
+        let vector = Arc::new(Vector::default());
+        vector.set(Some(call_theirs));
+        let mut guest = Self {
+            pool,
+            map,
+            window,
+            replies,
+            events,
+            size: RingSize::new(size).unwrap(),
+            shadow,
+            kick,
+            vector,
+            calls,
+            tail: 0,
+            head: 0,
+            phase: true,
+            token: 0,
+            rings: 0,
+        };
+        let attachment = Box::new(Attachment {
+            key: KEY,
+            sink: Arc::new(Sink {
+                replies: replies_tx,
+                events: events_tx,
+            }),
+            namespaces: Arc::new([Namespace {
+                nsid: 1,
+                backend: Arc::new(backend),
+                geometry,
+                read_only: false,
+            }]),
+            stats: Arc::new([NamespaceStats::default()]),
+            map: Arc::clone(&guest.map),
+            window: Arc::clone(&guest.window),
+            stride: DoorbellStride::new(3),
+            max_transfer: 1 << 20,
+            doorbells: DoorbellMode::Trapped,
+        });
+        assert_eq!(
+            guest.ask(|token| Message::Attach { token, attachment }),
+            Ok(true)
+        );
+        if shadow {
+            let made = guest.ask(|token| Message::SetShadow {
+                token,
+                key: KEY,
+                shadow: SHADOW,
+            });
+            assert_eq!(made, Ok(true));
+        }
+        guest.create(Arc::new(kick_theirs));
+        guest
+    }
+
+    fn create(&mut self, kick: Arc<std::fs::File>) {
+        let (size, vector) = (self.size, Arc::clone(&self.vector));
+        let cq = CqConfig {
+            qid: 1,
+            base: CQ,
+            size,
+            vector: Some(vector),
+            stats: Arc::new(QueueStats::default()),
+        };
+        let made = self.ask(|token| Message::CreateCq {
+            token,
+            key: KEY,
+            cq,
+        });
+        assert_eq!(made, Ok(true));
+        let sq = SqConfig {
+            qid: 1,
+            base: SQ,
+            size,
+            cqid: 1,
+            kick: Some(kick),
+            stats: Arc::new(QueueStats::default()),
+        };
+        let made = self.ask(|token| Message::CreateSq {
+            token,
+            key: KEY,
+            sq,
+        });
+        assert_eq!(made, Ok(true));
+    }
+
+    fn ask(&mut self, make: impl FnOnce(u64) -> Message) -> Result<bool, Status> {
+        self.token += 1;
+        self.pool.handles()[0].send(make(self.token));
+        let reply = self.replies.recv_timeout(Duration::from_secs(10)).unwrap();
+        assert_eq!(reply.token, self.token);
+        reply.result
+    }
+
+    fn register(&self, doorbell: Doorbell) -> &AtomicU32 {
+        let offset = DoorbellStride::new(3).window_offset(doorbell) as usize;
+        self.window.register(offset).unwrap()
+    }
+
+    /// Put commands in without ringing.
+    fn push(&mut self, sqe: Sqe) {
+        let ring = Ring::<8>::new(&self.map, SQ, self.size.get()).unwrap();
+        ring.write(u32::from(self.tail), zerocopy::transmute!(sqe));
+        self.tail = self.size.next(self.tail);
+    }
+
+    /// Ring a doorbell as Linux does.
+    fn ring(&mut self, doorbell: Doorbell, value: u16) {
+        if self.shadow {
+            let at = DoorbellStride::new(3).shadow_offset(doorbell);
+            let word = SharedWord::in_guest(&self.map, SHADOW.doorbells + at).unwrap();
+            let event = SharedWord::in_guest(&self.map, SHADOW.event_idx + at).unwrap();
+            let old = word.load() as u16;
+            word.store(u32::from(value));
+            std::sync::atomic::fence(Ordering::SeqCst);
+            if !need_event(event.load() as u16, value, old) {
+                return;
+            }
+        }
+        self.rings += 1;
+        self.register(doorbell)
+            .store(u32::from(value), Ordering::Release);
+        use std::io::Write as _;
+        (&self.kick).write_all(&1u64.to_ne_bytes()).unwrap();
+    }
+
+    fn ring_tail(&mut self) {
+        self.ring(Doorbell::Sq(1), self.tail);
+    }
+
+    /// The next completion, if there is one; the head is not rung.
+    fn take(&mut self) -> Option<Cqe> {
+        let ring = Ring::<2>::new(&self.map, CQ, self.size.get()).unwrap();
+        let cqe = Cqe::from_halves(ring.read_published(u32::from(self.head)));
+        if cqe.status.p() != self.phase {
+            return None;
+        }
+        self.head = self.size.next(self.head);
+        if self.head == 0 {
+            self.phase = !self.phase;
+        }
+        Some(cqe)
+    }
+
+    fn wait(&mut self) -> Cqe {
+        let until = Instant::now() + Duration::from_secs(10);
+        loop {
+            if let Some(cqe) = self.take() {
+                return cqe;
+            }
+            assert!(Instant::now() < until, "a command was never completed");
+            std::thread::yield_now();
+        }
+    }
+
+    fn done(&mut self) {
+        self.ring(Doorbell::Cq(1), self.head);
+    }
+
+    fn run(&mut self, sqe: Sqe) -> Status {
+        self.push(sqe);
+        self.ring_tail();
+        let cqe = self.wait();
+        self.done();
+        assert_eq!((cqe.cid, cqe.sqid, cqe.sqhd), (sqe.cid, 1, self.tail));
+        cqe.status()
+    }
+}
+
+fn io(opcode: NvmOpcode, cid: u16, slba: u64, blocks: u16, prp1: u64, prp2: u64) -> Sqe {
+    let mut sqe = Sqe {
+        opcode: opcode.0,
+        cid,
+        nsid: 1,
+        prp1,
+        prp2,
+        cdw12: u32::from(blocks - 1),
+        ..Sqe::default()
+    };
+    sqe.set_slba(slba);
+    sqe
+}
+
+#[test]
+fn data_makes_the_round_trip() {
+    for shadow in [false, true] {
+        let mut g = Guest::new(16, IdlePolicy::Adaptive, shadow);
+        assert!(g.map.write(DATA, &[0x5a; 8192]));
+        for cid in 0..40 {
+            let at = u64::from(cid) * 2;
+            assert_eq!(
+                g.run(io(NvmOpcode::WRITE, cid, at, 2, DATA, DATA + 4096)),
+                Status::SUCCESS
+            );
+            let back = DATA + 0x1_0000;
+            assert_eq!(
+                g.run(io(NvmOpcode::READ, cid, at, 2, back, back + 4096)),
+                Status::SUCCESS
+            );
+        }
+        let mut out = [0; 8192];
+        assert!(g.map.read(DATA + 0x1_0000, &mut out));
+        assert!(out.iter().all(|b| *b == 0x5a));
+        use std::io::Read as _;
+        let mut count = [0; 8];
+        (&g.calls).read_exact(&mut count).unwrap();
+        assert!(u64::from_ne_bytes(count) >= 1, "interrupts were signalled");
+    }
+}
+
+#[test]
+fn refusals_carry_the_exact_status() {
+    let mut g = Guest::new(8, IdlePolicy::Adaptive, false);
+    let read = |slba, blocks| io(NvmOpcode::READ, 1, slba, blocks, DATA, DATA + 4096);
+    let table: &[(Sqe, Status)] = &[
+        (
+            Sqe {
+                opcode: 0x7f,
+                ..read(0, 1)
+            },
+            Status::INVALID_OPCODE,
+        ),
+        (
+            Sqe {
+                flags: 1,
+                ..read(0, 1)
+            },
+            Status::INVALID_FIELD,
+        ),
+        (
+            Sqe {
+                flags: 0x40,
+                ..read(0, 1)
+            },
+            Status::INVALID_FIELD,
+        ),
+        (
+            Sqe {
+                nsid: 0,
+                ..read(0, 1)
+            },
+            Status::INVALID_NAMESPACE_OR_FORMAT,
+        ),
+        (
+            Sqe {
+                nsid: 2,
+                ..read(0, 1)
+            },
+            Status::INVALID_NAMESPACE_OR_FORMAT,
+        ),
+        (
+            Sqe {
+                nsid: u32::MAX,
+                ..read(0, 1)
+            },
+            Status::INVALID_NAMESPACE_OR_FORMAT,
+        ),
+        (read(256, 1), Status::LBA_OUT_OF_RANGE),
+        (read(255, 2), Status::LBA_OUT_OF_RANGE),
+        (read(u64::MAX, 1), Status::LBA_OUT_OF_RANGE),
+        (read(u64::MAX - 1, 4), Status::LBA_OUT_OF_RANGE),
+        (
+            Sqe {
+                cdw12: 0xffff,
+                ..read(0, 1)
+            },
+            Status::INVALID_FIELD,
+        ),
+        (
+            Sqe {
+                prp1: DATA + 2,
+                ..read(0, 1)
+            },
+            Status::INVALID_PRP_OFFSET,
+        ),
+        (
+            Sqe {
+                prp2: DATA + 8,
+                ..read(0, 2)
+            },
+            Status::INVALID_PRP_OFFSET,
+        ),
+        (
+            Sqe {
+                prp1: 0x10_0000,
+                ..read(0, 1)
+            },
+            Status::DATA_TRANSFER_ERROR,
+        ),
+        (
+            Sqe {
+                prp1: u64::MAX - 4095,
+                ..read(0, 1)
+            },
+            Status::DATA_TRANSFER_ERROR,
+        ),
+        (
+            Sqe {
+                opcode: NvmOpcode::FLUSH.0,
+                ..read(0, 1)
+            },
+            Status::SUCCESS,
+        ),
+        (
+            Sqe {
+                opcode: NvmOpcode::FLUSH.0,
+                nsid: u32::MAX,
+                ..read(0, 1)
+            },
+            Status::SUCCESS,
+        ),
+        (read(255, 1), Status::SUCCESS),
+    ];
+    for (sqe, status) in table {
+        assert_eq!(g.run(*sqe), *status, "{sqe:?}");
+    }
+}
+
+#[test]
+fn a_wild_tail_stops_its_queue_and_nothing_else() {
+    for wild in [8, 9, 0xffff, 0x1_0000, u32::MAX] {
+        let mut g = Guest::new(8, IdlePolicy::Interrupt, false);
+        g.register(Doorbell::Sq(1)).store(wild, Ordering::Release);
+        use std::io::Write as _;
+        (&g.kick).write_all(&1u64.to_ne_bytes()).unwrap();
+        let event = g.events.recv_timeout(Duration::from_secs(10)).unwrap();
+        assert_eq!(event, PollerEvent::InvalidDoorbell { qid: 1 });
+        // A good value does not start it again; deletion works.
+        g.push(io(NvmOpcode::READ, 1, 0, 1, DATA, 0));
+        g.ring_tail();
+        std::thread::sleep(Duration::from_millis(20));
+        assert!(g.take().is_none());
+        let gone = g.ask(|token| Message::DeleteSq {
+            token,
+            key: KEY,
+            qid: 1,
+        });
+        assert_eq!(gone, Ok(true));
+        let gone = g.ask(|token| Message::DeleteCq {
+            token,
+            key: KEY,
+            qid: 1,
+        });
+        assert_eq!(gone, Ok(true));
+    }
+}
+
+#[test]
+fn a_full_completion_queue_holds_commands_back_and_lets_them_go() {
+    for shadow in [false, true] {
+        // Depth 2: one completion fits. The guest takes completions, but rings the head late.
+        let mut g = Guest::new(2, IdlePolicy::Interrupt, shadow);
+        for cid in 0..20 {
+            g.push(io(NvmOpcode::READ, cid, 0, 1, DATA, 0));
+            g.ring_tail();
+            let cqe = g.wait();
+            assert_eq!(cqe.cid, cid);
+            // The next command is rung before the head is.
+            g.push(io(NvmOpcode::READ, cid + 100, 0, 1, DATA, 0));
+            g.ring_tail();
+            std::thread::sleep(Duration::from_millis(2));
+            assert!(g.take().is_none(), "no room for it yet");
+            g.done();
+            assert_eq!(g.wait().cid, cid + 100);
+            g.done();
+        }
+    }
+}
+
+#[test]
+fn no_wake_up_is_lost() {
+    for idle in [IdlePolicy::Adaptive, IdlePolicy::Interrupt] {
+        for shadow in [false, true] {
+            let mut g = Guest::new(16, idle, shadow);
+            let mut lcg = 1u32;
+            for i in 0..3000u32 {
+                lcg = lcg.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                let n = 1 + (lcg >> 28) % 4;
+                for k in 0..n {
+                    g.push(io(NvmOpcode::READ, k as u16, 0, 1, DATA, 0));
+                }
+                g.ring_tail();
+                for _ in 0..n {
+                    g.wait();
+                }
+                g.done();
+                // Around the length of the poll window, where the race is.
+                for _ in 0..(lcg >> 20) & 0x3ff {
+                    std::hint::spin_loop();
+                }
+                if i % 512 == 0 {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn an_idle_poller_sleeps_and_a_busy_one_is_not_rung() {
+    let mut g = Guest::new(16, IdlePolicy::Adaptive, true);
+    assert_eq!(
+        g.run(io(NvmOpcode::READ, 1, 0, 1, DATA, 0)),
+        Status::SUCCESS
+    );
+    std::thread::sleep(Duration::from_millis(20));
+    let stats = Arc::clone(&g.pool.handles()[0].stats);
+    let before = stats.passes.get();
+    std::thread::sleep(Duration::from_millis(100));
+    assert!(
+        stats.passes.get() - before < 5,
+        "an idle poller looks at nothing"
+    );
+    assert!(g.rings >= 1, "it was rung to be woken");
+
+    let mut g = Guest::new(256, IdlePolicy::Poll, true);
+    for i in 0..2000 {
+        assert_eq!(
+            g.run(io(NvmOpcode::READ, i, 0, 1, DATA, 0)),
+            Status::SUCCESS
+        );
+    }
+    // Laps of the head are rung; a polling poller needs no other ring.
+    assert!(g.rings < 200, "{} rings", g.rings);
+}
+
+#[test]
+fn reset_forgets_the_queues_and_leaves_the_shadow_pages_alone() {
+    let mut g = Guest::new(16, IdlePolicy::Adaptive, true);
+    assert_eq!(
+        g.run(io(NvmOpcode::READ, 1, 0, 1, DATA, 0)),
+        Status::SUCCESS
+    );
+    assert_eq!(g.ask(|token| Message::Reset { token, key: KEY }), Ok(true));
+    // The pages are somebody else's now.
+    assert!(g.map.write(SHADOW.doorbells, &[0x77; 0x2000]));
+    assert!(g.map.write(CQ, &[0x77; 256]));
+    g.register(Doorbell::Sq(1)).store(3, Ordering::Release);
+    use std::io::Write as _;
+    (&g.kick).write_all(&1u64.to_ne_bytes()).unwrap();
+    std::thread::sleep(Duration::from_millis(20));
+    let mut page = [0; 0x2000];
+    assert!(g.map.read(SHADOW.doorbells, &mut page));
+    assert!(page.iter().all(|b| *b == 0x77));
+    let mut cq = [0; 256];
+    assert!(g.map.read(CQ, &mut cq));
+    assert!(cq.iter().all(|b| *b == 0x77));
+    // And it can be used again.
+    g.window.clear();
+    (g.tail, g.head, g.phase, g.shadow) = (0, 0, true, false);
+    assert!(g.map.write(CQ, &[0; 256]));
+    let (_, kick) = eventfd();
+    g.kick = kick.try_clone().unwrap();
+    g.create(Arc::new(kick));
+    assert_eq!(
+        g.run(io(NvmOpcode::READ, 1, 0, 1, DATA, 0)),
+        Status::SUCCESS
+    );
+    assert_eq!(g.ask(|token| Message::Detach { token, key: KEY }), Ok(true));
+}
+
+#[test]
+fn queues_whose_memory_goes_stop_until_it_is_back() {
+    let mut g = Guest::new(16, IdlePolicy::Adaptive, false);
+    assert_eq!(
+        g.run(io(NvmOpcode::READ, 1, 0, 1, DATA, 0)),
+        Status::SUCCESS
+    );
+    let set = |g: &mut Guest, map| {
+        g.ask(|token| Message::SetMemory {
+            token,
+            key: KEY,
+            map,
+        })
+    };
+    assert_eq!(set(&mut g, GuestMap::empty()), Ok(true));
+    let gone: Vec<_> = g.events.try_iter().collect();
+    assert!(gone.contains(&PollerEvent::QueueMemoryGone { qid: 1 }));
+    g.push(io(NvmOpcode::READ, 2, 0, 1, DATA, 0));
+    g.ring_tail();
+    std::thread::sleep(Duration::from_millis(10));
+    assert!(g.take().is_none());
+    let map = Arc::clone(&g.map);
+    assert_eq!(set(&mut g, map), Ok(true));
+    assert_eq!(g.wait().cid, 2);
+}
+
+#[test]
+fn a_core_that_is_not_there_is_an_error() {
+    let config = PollerConfig {
+        core: Some(1_000_000),
+        idle: IdlePolicy::Poll,
+        poll_for: Duration::ZERO,
+        slots: 1,
+    };
+    let error = PollerPool::start(&[config]).err().unwrap();
+    assert!(error.to_string().contains("core 1000000"), "{error}");
+}

@@ -1,0 +1,353 @@
+//! The thread of a poller: mail, passes, and when to sleep.
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
+use std::time::{Duration, Instant};
+
+use nvme_spec::Status;
+
+use super::mailbox::Mailbox;
+use super::message::{Attachment, ControllerKey, DoorbellMode, Message, PollerEvent, Reply};
+use super::run::Core;
+use super::served::Served;
+use super::sleep::Bed;
+use super::stats::PollerStats;
+use super::{IdlePolicy, PollerConfig};
+use crate::backend::Channel as _;
+
+/// Passes between two looks at the clock.
+const PASSES_PER_TICK: u32 = 64;
+
+/// How often reports are allowed again and the load is judged.
+const TICK: Duration = Duration::from_millis(10);
+
+/// Batches in a tick that make mapped doorbells worth a switch: each spares the guest an exit.
+const BUSY_BATCHES: u32 = 64;
+
+/// How long a poller naps that has to look at mapped doorbells while it waits for them to be trapped.
+const NAP: Duration = Duration::from_millis(1);
+
+pub(super) struct Thread {
+    index: usize,
+    config: PollerConfig,
+    mailbox: Mailbox,
+    bed: Bed,
+    stats: Arc<PollerStats>,
+    // Controllers before the core: their channels end all use of the slots' segments.
+    served: Vec<Option<Served>>,
+    core: Core,
+    /// The first of the empty passes we are in, if we are.
+    idle_since: Option<Instant>,
+    last_tick: Instant,
+}
+
+impl Thread {
+    pub fn new(
+        index: usize,
+        config: PollerConfig,
+        mailbox: Mailbox,
+        stats: Arc<PollerStats>,
+    ) -> io::Result<Self> {
+        let mut bed = Bed::new()?;
+        bed.add_edge(mailbox.wake())?;
+        Ok(Self {
+            index,
+            core: Core::new(config.slots),
+            config,
+            mailbox,
+            bed,
+            stats,
+            served: Vec::new(),
+            idle_since: None,
+            last_tick: Instant::now(),
+        })
+    }
+
+    /// Run until told to stop.
+    pub fn run(mut self) {
+        let mut passes = 0u32;
+        loop {
+            if self.mailbox.has_mail() && self.read_mail() {
+                return;
+            }
+            self.stats.passes.add(1);
+            if self.pass() {
+                self.idle_since = None;
+                passes = passes.wrapping_add(1);
+                if passes.is_multiple_of(PASSES_PER_TICK) {
+                    self.tick(Instant::now());
+                }
+            } else {
+                self.stats.empty.add(1);
+                self.rest();
+            }
+        }
+    }
+
+    fn pass(&mut self) -> bool {
+        let mut busy = false;
+        for place in &mut self.served {
+            if let Some(served) = place {
+                busy |= served.pass(&mut self.core);
+                if served.unsettled && served.settle(&self.core) {
+                    Self::forget(&mut self.bed, place);
+                }
+            }
+        }
+        busy
+    }
+
+    /// Nothing to do just now: look again, or sleep.
+    fn rest(&mut self) {
+        let now = Instant::now();
+        let since = *self.idle_since.get_or_insert(now);
+        self.tick(now);
+        let look_again = match self.config.idle {
+            IdlePolicy::Poll => self.served.iter().flatten().any(Served::has_queues),
+            IdlePolicy::Adaptive => now.duration_since(since) < self.config.poll_for,
+            IdlePolicy::Interrupt => false,
+        };
+        if look_again {
+            std::hint::spin_loop();
+        } else {
+            self.sleep();
+        }
+    }
+
+    /// Arm everything, look again, sleep.
+    fn sleep(&mut self) {
+        let mut limit = None;
+        for served in self.served.iter_mut().flatten() {
+            if served.at.doorbells == DoorbellMode::Mapped && served.has_unshadowed() {
+                if served.wanted != Some(DoorbellMode::Trapped) {
+                    served.wanted = Some(DoorbellMode::Trapped);
+                    served.event(PollerEvent::Wants(DoorbellMode::Trapped));
+                }
+                limit = Some(NAP);
+            }
+            served.arm();
+        }
+        // The guest stores its doorbell, then reads EventIdx; we stored EventIdx and now read the doorbell. With a full fence on both
+        // sides one of us sees the other.
+        fence(Ordering::SeqCst);
+        if self.mailbox.has_mail() || self.served.iter().flatten().any(Served::has_work) {
+            self.stats.races_won.add(1);
+            return;
+        }
+        self.stats.sleeps.add(1);
+        // `idle_since` stays: whoever is woken for nothing goes back to sleep at once.
+        self.bed.sleep(limit);
+    }
+
+    /// Judge the load, now and then.
+    fn tick(&mut self, now: Instant) {
+        if now.duration_since(self.last_tick) < TICK {
+            return;
+        }
+        self.last_tick = now;
+        for served in self.served.iter_mut().flatten() {
+            let want = match self.config.idle {
+                IdlePolicy::Poll => served.has_unshadowed(),
+                IdlePolicy::Adaptive => served.unshadowed_batches >= BUSY_BATCHES,
+                IdlePolicy::Interrupt => false,
+            };
+            // Trapped doorbells that cost exits, or a wish for them that is out of date.
+            let open = match served.at.doorbells {
+                DoorbellMode::Trapped => served.wanted != Some(DoorbellMode::Mapped),
+                DoorbellMode::Mapped => served.wanted == Some(DoorbellMode::Trapped),
+            };
+            if want && open {
+                served.wanted = Some(DoorbellMode::Mapped);
+                served.event(PollerEvent::Wants(DoorbellMode::Mapped));
+            }
+            served.tick();
+        }
+    }
+
+    /// Read all mail. `true` if the thread is to end.
+    fn read_mail(&mut self) -> bool {
+        while let Some(message) = self.mailbox.next() {
+            if matches!(message, Message::Stop) {
+                return true;
+            }
+            self.handle(message);
+        }
+        false
+    }
+
+    fn find(&mut self, key: ControllerKey) -> Option<(&mut Served, &mut Core, &mut Bed)> {
+        let served = self.served.iter_mut().flatten().find(|s| s.at.key == key)?;
+        Some((served, &mut self.core, &mut self.bed))
+    }
+
+    fn handle(&mut self, message: Message) {
+        match message {
+            Message::Stop => {}
+            Message::Attach { token, attachment } => self.attach(token, *attachment),
+            Message::CreateCq { token, key, cq } => {
+                if let Some((served, ..)) = self.find(key) {
+                    let result = served.create_cq(cq).map(|()| true);
+                    served.reply(token, result);
+                }
+            }
+            Message::CreateSq { token, key, sq } => {
+                if let Some((served, _, bed)) = self.find(key) {
+                    let kick = sq.kick.clone();
+                    let result = served.create_sq(sq).map(|()| true);
+                    if result.is_ok() {
+                        add_kick(bed, kick.as_deref());
+                    }
+                    served.reply(token, result);
+                }
+            }
+            Message::DeleteSq { token, key, qid } => {
+                if let Some((served, core, bed)) = self.find(key) {
+                    remove_kick(bed, served.sq(qid).and_then(|sq| sq.kick.take()).as_deref());
+                    served.delete_sq(core, token, qid);
+                }
+            }
+            Message::DeleteCq { token, key, qid } => {
+                if let Some((served, ..)) = self.find(key) {
+                    let result = served.delete_cq(qid).map(|()| true);
+                    served.reply(token, result);
+                }
+            }
+            Message::Abort {
+                token,
+                key,
+                sqid,
+                cid,
+            } => {
+                if let Some((served, core, _)) = self.find(key) {
+                    served.abort(core, token, sqid, cid);
+                }
+            }
+            Message::SetMemory { token, key, map } => {
+                if let Some((served, ..)) = self.find(key) {
+                    served.begin_memory(token, map);
+                }
+            }
+            Message::SetShadow { token, key, shadow } => {
+                if let Some((served, ..)) = self.find(key) {
+                    let result = served.set_shadow(shadow).map(|()| true);
+                    served.reply(token, result);
+                }
+            }
+            Message::SetKick { key, qid, kick } => {
+                if let Some((served, _, bed)) = self.find(key)
+                    && let Some(sq) = served.sq(qid)
+                {
+                    add_kick(bed, kick.as_deref());
+                    remove_kick(bed, std::mem::replace(&mut sq.kick, kick).as_deref());
+                }
+            }
+            Message::SetDoorbells { key, mode } => {
+                if let Some((served, ..)) = self.find(key) {
+                    served.at.doorbells = mode;
+                    served.wanted = None;
+                }
+            }
+            Message::WatchAdmin { key, on } => {
+                if let Some((served, ..)) = self.find(key) {
+                    served.watch_admin(on);
+                }
+            }
+            Message::Reset { token, key } => self.reset(token, key, false),
+            Message::Detach { token, key } => self.reset(token, key, true),
+        }
+    }
+
+    fn attach(&mut self, token: u64, at: Attachment) {
+        let sink = Arc::clone(&at.sink);
+        let key = at.key;
+        let index = self.index;
+        let reply = |result| sink.reply(index, Reply { token, result });
+        if self.served.iter().flatten().any(|s| s.at.key == key) {
+            return reply(Err(Status::INTERNAL_ERROR));
+        }
+        let place = match self.served.iter().position(Option::is_none) {
+            Some(place) => place,
+            None => {
+                self.served.push(None);
+                self.served.len() - 1
+            }
+        };
+        match Served::new(at, place as u32, self.index, self.config.slots) {
+            Ok(served) => {
+                for channel in &served.channels {
+                    if let Some(fd) = channel.wake_fd()
+                        && let Err(error) = self.bed.add_level(fd)
+                    {
+                        tracing::error!(poller = self.index, %error, "cannot wait for a backend");
+                        return reply(Err(Status::INTERNAL_ERROR));
+                    }
+                }
+                if let Some(place) = self.served.get_mut(place) {
+                    *place = Some(served);
+                }
+                self.share_out();
+                reply(Ok(true));
+            }
+            Err(error) => {
+                tracing::error!(poller = self.index, %error, "cannot open a namespace");
+                reply(Err(Status::INTERNAL_ERROR));
+            }
+        }
+    }
+
+    fn reset(&mut self, token: u64, key: ControllerKey, detach: bool) {
+        let Some((served, core, bed)) = self.find(key) else {
+            return;
+        };
+        for sq in served.sqs.iter_mut().flatten() {
+            remove_kick(bed, sq.kick.take().as_deref());
+        }
+        served.begin_reset(core, token, detach);
+        if served.settle(core) {
+            let bed = &mut self.bed;
+            if let Some(place) = self
+                .served
+                .iter_mut()
+                .find(|p| p.as_ref().is_some_and(|s| s.at.key == key))
+            {
+                Self::forget(bed, place);
+            }
+            self.share_out();
+        }
+    }
+
+    fn forget(bed: &mut Bed, place: &mut Option<Served>) {
+        if let Some(served) = place.take() {
+            for channel in &served.channels {
+                if let Some(fd) = channel.wake_fd() {
+                    bed.remove(fd);
+                }
+            }
+        }
+    }
+
+    /// No controller may take all slots while there are others.
+    fn share_out(&mut self) {
+        let slots = self.config.slots;
+        self.core.quota = match self.served.iter().flatten().count() {
+            0 | 1 => slots,
+            _ => slots / 2,
+        };
+    }
+}
+
+fn add_kick(bed: &mut Bed, kick: Option<&File>) {
+    if let Some(kick) = kick
+        && let Err(error) = bed.add_edge(kick)
+    {
+        tracing::warn!(%error, "a kick that cannot be waited for: is it an eventfd?");
+    }
+}
+
+fn remove_kick(bed: &mut Bed, kick: Option<&File>) {
+    if let Some(kick) = kick {
+        bed.remove(kick);
+    }
+}
