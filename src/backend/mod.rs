@@ -14,6 +14,7 @@ mod memory;
 mod null;
 mod rules;
 mod select;
+mod sync;
 #[cfg(test)]
 mod tests;
 mod wake;
