@@ -67,6 +67,10 @@ static int nvme_vector_use(PCIDevice *pci, unsigned vector, MSIMessage msg)
         return 0;
     }
     vring_release_irqfd(v);
+    /* KVM would deliver a signal from before, but leave it in the eventfd, to be seen again at the next mask. */
+    if (event_notifier_test_and_clear(&v->call)) {
+        msix_notify(pci, vector);
+    }
     if (vring_route(v, pci, vector, msg) >= 0 &&
         kvm_irqchip_add_irqfd_notifier_gsi(kvm_state, &v->call, NULL, v->virq) >= 0) {
         event_notifier_set_handler(&v->call, NULL);

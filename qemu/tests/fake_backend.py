@@ -125,7 +125,17 @@ class Backend:
                 s.close()
         self.back = None
 
+    def stop_listening(self):
+        # The thread in accept() would keep a socket alive that is only closed.
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.thread.join(5)
+        self.listener.close()
+
     def close(self):
+        try:
+            self.listener.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
         self.listener.close()
         try:
             self.die()
