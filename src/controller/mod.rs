@@ -3,13 +3,40 @@
 //! It knows no transport and no thread of a poller: a transport calls the methods of [`Controller`], pollers answer through
 //! their [`ControlSink`](crate::poller::ControlSink).
 
+mod actor;
+mod admin;
+mod doorbells;
+mod error_log;
+mod flush;
+mod health;
+mod identity;
+mod inbox;
+mod info;
+mod lifecycle;
+mod pending;
+mod placement;
+mod queues;
+mod registers;
+#[cfg(test)]
+mod tests;
+mod throttle;
+
 use std::fs::File;
-use std::sync::Arc;
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
 use std::time::Duration;
+
+use crossbeam_channel::{RecvTimeoutError, Sender};
 
 use crate::backend::Backend;
 use crate::memory::{DoorbellWindow, GuestMap};
-use crate::poller::{DoorbellMode, PollerPool};
+use crate::poller::{ControllerKey, DoorbellMode, Namespace, PollerPool};
+use actor::{Actor, Parts, Port, Shared};
+use inbox::{Inbox, Mail};
+use info::Info;
+use registers::Registers;
 
 /// A namespace, as configured.
 pub struct NamespaceConfig {
@@ -77,8 +104,17 @@ pub trait FrontEnd: Send + Sync {
     fn request_doorbells(&self, mode: DoorbellMode);
 }
 
+/// The next [`ControllerKey`] of this process.
+static NEXT_KEY: AtomicU64 = AtomicU64::new(0);
+
 /// One emulated controller. All methods may be called from any thread; none blocks for long unless it says so.
-pub struct Controller {}
+///
+/// Dropping the last reference ends its thread; I/O that is out keeps alive what it needs until it is done.
+pub struct Controller {
+    shared: Arc<Shared>,
+    instance: Mutex<Option<[u8; 16]>>,
+    thread: Option<JoinHandle<()>>,
+}
 
 /// How long a transport waits for I/O that is out, before it lets go of memory or answers a reset.
 pub const DRAIN_LIMIT: Duration = Duration::from_secs(5);
@@ -93,88 +129,179 @@ impl Controller {
         config: ControllerConfig,
         pollers: &PollerPool,
     ) -> Result<Arc<Self>, ControllerError> {
-        let _ = (config, pollers);
-        todo!()
+        let info = Info::of(&config)?;
+        let handles = pollers.handles();
+        let fail = |what: &str, source| ControllerError {
+            name: config.name.clone(),
+            what: what.into(),
+            source,
+        };
+        if handles.is_empty() {
+            return Err(fail("there is no poller to serve its queues", None));
+        }
+        let shared = Shared::new(info, handles.len())
+            .map_err(|e| fail("its doorbells or its eventfd cannot be made", Some(e)))?;
+        let (shared, outbox) = shared;
+        let mut namespaces: Vec<_> = config.namespaces.iter().collect();
+        namespaces.sort_by_key(|ns| ns.nsid);
+        let volatile = namespaces
+            .iter()
+            .filter(|ns| ns.backend.geometry().volatile_write_cache)
+            .map(|ns| Arc::clone(&ns.backend))
+            .collect();
+        let namespaces = namespaces
+            .into_iter()
+            .map(|ns| Namespace {
+                nsid: ns.nsid,
+                backend: Arc::clone(&ns.backend),
+                geometry: ns.backend.geometry(),
+                read_only: ns.read_only,
+            })
+            .collect();
+        let actor = Actor::new(Parts {
+            shared: Arc::clone(&shared),
+            outbox,
+            key: ControllerKey(NEXT_KEY.fetch_add(1, Ordering::Relaxed)),
+            ports: handles
+                .iter()
+                .map(|handle| Box::new(handle.clone()) as Box<dyn Port>)
+                .collect(),
+            namespaces,
+            volatile,
+        });
+        let thread = std::thread::Builder::new()
+            .name("nvme-control".into())
+            .spawn(move || actor.run())
+            .map_err(|e| fail("its thread cannot be started", Some(e)))?;
+        Ok(Arc::new(Self {
+            shared,
+            instance: Mutex::new(None),
+            thread: Some(thread),
+        }))
     }
 
     /// Its name.
     pub fn name(&self) -> &str {
-        todo!()
+        &self.shared.info.name
     }
 
     /// The doorbell window, for the transport to hand over.
     pub fn window(&self) -> &Arc<DoorbellWindow> {
-        todo!()
+        &self.shared.window
     }
 
     /// Vectors and queue pairs, admin included.
     pub fn queues(&self) -> u16 {
-        todo!()
+        self.shared.info.queues
     }
 
     /// PCI vendor, device, subsystem vendor and subsystem ids.
     pub fn pci_ids(&self) -> [u16; 4] {
-        todo!()
+        self.shared.info.pci_ids
     }
 
     /// A front-end has come. It starts from scratch: reset registers, no memory, no vectors, trapped doorbells.
     pub fn attach(&self, front: Arc<dyn FrontEnd>) {
-        let _ = front;
-        todo!()
+        self.forget_vectors();
+        self.shared.inbox.send(Mail::Attach(front));
     }
 
     /// The front-end has gone: reset, then forget memory, vectors and kicks. Waits, at most `limit`, until no I/O can touch its
     /// memory any more; `false` if that took longer (the memory then stays mapped until the I/O is done).
     pub fn detach(&self, limit: Duration) -> bool {
-        let _ = limit;
-        todo!()
+        self.forget_vectors();
+        self.wait(limit, Mail::Detach)
+    }
+
+    fn forget_vectors(&self) {
+        for vector in &self.shared.vectors {
+            vector.set(None);
+        }
+    }
+
+    /// Send a message whose sender is dropped when it is done, and wait for that.
+    fn wait(&self, limit: Duration, mail: impl FnOnce(Sender<()>) -> Mail) -> bool {
+        let (sender, done) = crossbeam_channel::bounded(0);
+        self.shared.inbox.send(mail(sender));
+        done.recv_timeout(limit) == Err(RecvTimeoutError::Disconnected)
     }
 
     /// Read registers: any offset and length below 0x1000. What does not exist reads as zero.
     pub fn read(&self, offset: u32, out: &mut [u8]) {
-        let _ = (offset, out);
-        todo!()
+        self.shared.registers.read(offset, out);
     }
 
     /// Write registers: 1, 2, 4 or 8 bytes. What hardware would ignore is ignored.
     pub fn write(&self, offset: u32, bytes: &[u8]) {
-        let _ = (offset, bytes);
-        todo!()
+        if self.shared.registers.write(offset, bytes) {
+            self.shared.inbox.wake();
+        }
     }
 
     /// Reset from outside (function level reset, system reset). Waits as [`Self::detach`] does.
     pub fn reset(&self, limit: Duration) -> bool {
-        let _ = limit;
-        todo!()
+        self.wait(limit, Mail::Reset)
     }
 
     /// The guest's memory has changed. Waits, at most `limit`, until nothing uses memory that is not in `map`.
     pub fn set_memory(&self, map: Arc<GuestMap>, limit: Duration) -> bool {
-        let _ = (map, limit);
-        todo!()
+        self.wait(limit, |done| Mail::Memory(map, done))
     }
 
     /// The eventfd that carries interrupt vector `index`.
     pub fn set_call(&self, index: usize, eventfd: Option<File>) {
-        let _ = (index, eventfd);
-        todo!()
+        if let Some(vector) = self.shared.vectors.get(index) {
+            vector.set(eventfd);
+        }
     }
 
     /// The eventfd that the front-end signals when it trapped a doorbell of queue `index`.
     pub fn set_kick(&self, index: usize, eventfd: Option<File>) {
-        let _ = (index, eventfd);
-        todo!()
+        self.shared.inbox.send(Mail::Kick(index, eventfd));
     }
 
     /// The front-end has acknowledged a switch.
     pub fn doorbells_are(&self, mode: DoorbellMode) {
-        let _ = mode;
-        todo!()
+        self.shared.inbox.send(Mail::Doorbells(mode));
     }
 
     /// The instance id the front-end presents.
     pub fn set_instance(&self, id: [u8; 16]) {
-        let _ = id;
-        todo!()
+        *self.instance.lock().unwrap_or_else(PoisonError::into_inner) = Some(id);
+    }
+
+    /// The instance id that the front-end presented last.
+    pub fn instance(&self) -> Option<[u8; 16]> {
+        *self.instance.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The attributes of a namespace have changed: the guest is told, if it wants to know.
+    pub fn namespace_changed(&self, nsid: u32) {
+        self.shared.inbox.send(Mail::NamespaceChanged(nsid));
+    }
+}
+
+impl Drop for Controller {
+    fn drop(&mut self) {
+        self.shared.inbox.send(Mail::Stop);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Shared {
+    /// What a controller shares with its actor, and the actor's side of the inbox.
+    fn new(info: Info, pollers: usize) -> io::Result<(Arc<Self>, inbox::Outbox)> {
+        let window = usize::try_from(info.window_len()).unwrap_or(usize::MAX);
+        let (inbox, outbox) = Inbox::new(pollers)?;
+        let shared = Self {
+            registers: Registers::new(info.max_queue_entries, info.stride.dstrd()),
+            window: DoorbellWindow::new(window)?,
+            vectors: (0..info.queues).map(|_| Arc::default()).collect(),
+            inbox,
+            info,
+        };
+        Ok((Arc::new(shared), outbox))
     }
 }

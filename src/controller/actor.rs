@@ -1,0 +1,422 @@
+//! The thread of a controller: it owns all state that is not registers, and never blocks on anybody.
+//!
+//! One [`Actor::turn`] looks at everything: CC, the mail, reports, the admin queue. Between turns it sleeps on its eventfd
+//! and on the admin queue's kick. What needs a poller is sent, noted in [`Pending`], and ended when the answer comes.
+
+use std::fs::File;
+use std::os::fd::AsFd as _;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nvme_spec::event::AsyncEvent;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use super::admin::events::Events;
+use super::admin::features::Features;
+use super::admin::queue::AdminQueue;
+use super::doorbells::Switch;
+use super::error_log::ErrorLog;
+use super::health::Health;
+use super::inbox::{Inbox, Mail, Outbox};
+use super::info::Info;
+use super::lifecycle::{Drain, Phase};
+use super::pending::Pending;
+use super::queues::Queues;
+use super::registers::Registers;
+use super::throttle::Throttle;
+use super::{DRAIN_LIMIT, FrontEnd};
+use crate::backend::Backend;
+use crate::memory::{DoorbellWindow, GuestMap};
+use crate::poller::{
+    ControlSink, ControllerKey, DoorbellMode, Message, Namespace, PollerEvent, PollerHandle,
+    ShadowConfig, Vector,
+};
+
+/// Looks at mapped admin doorbells, should a poller miss one, and at a full admin completion queue.
+const MAPPED_LOOK: Duration = Duration::from_millis(50);
+const FULL_LOOK: Duration = Duration::from_millis(5);
+
+/// Messages handled in a turn before the admin queue has its say.
+const MAIL_BATCH: usize = 256;
+
+/// The way to a poller: [`PollerHandle`], or a script in a test.
+pub(super) trait Port: Send {
+    /// Put a message into its mailbox.
+    fn send(&self, message: Message);
+}
+
+impl Port for PollerHandle {
+    fn send(&self, message: Message) {
+        PollerHandle::send(self, message);
+    }
+}
+
+/// What the actor shares with the methods of [`Controller`](super::Controller).
+pub(super) struct Shared {
+    pub(super) info: Info,
+    pub(super) registers: Registers,
+    pub(super) window: Arc<DoorbellWindow>,
+    pub(super) vectors: Vec<Arc<Vector>>,
+    pub(super) inbox: Arc<Inbox>,
+}
+
+/// What the actor needs to begin with.
+pub(super) struct Parts {
+    pub(super) shared: Arc<Shared>,
+    pub(super) outbox: Outbox,
+    pub(super) key: ControllerKey,
+    pub(super) ports: Vec<Box<dyn Port>>,
+    /// As pollers want them, in the order of `shared.info.namespaces`.
+    pub(super) namespaces: Arc<[Namespace]>,
+    /// Stores that must be flushed when the guest shuts down.
+    pub(super) volatile: Vec<Arc<Backend>>,
+}
+
+/// The state of the control plane.
+pub(super) struct Actor {
+    pub(super) shared: Arc<Shared>,
+    outbox: Outbox,
+    pub(super) key: ControllerKey,
+    pub(super) ports: Vec<Box<dyn Port>>,
+    pub(super) namespaces: Arc<[Namespace]>,
+    pub(super) volatile: Vec<Arc<Backend>>,
+    /// Which pollers know this controller.
+    pub(super) attached: Vec<bool>,
+    pub(super) front: Option<Arc<dyn FrontEnd>>,
+    pub(super) map: Arc<GuestMap>,
+    pub(super) kicks: Vec<Option<Arc<File>>>,
+    pub(super) switch: Switch,
+    /// The poller that watches the admin doorbells while they are mapped.
+    pub(super) watcher: Option<usize>,
+    pub(super) phase: Phase,
+    pub(super) drain: Option<Drain>,
+    pub(super) shutdowns: u64,
+    pub(super) admin: Option<AdminQueue>,
+    pub(super) queues: Queues,
+    pub(super) shadow: Option<ShadowConfig>,
+    pub(super) features: Features,
+    pub(super) events: Events,
+    pub(super) errors: ErrorLog,
+    pub(super) health: Health,
+    /// NSIDs that changed since the guest read the list, ascending.
+    pub(super) changed: Vec<u32>,
+    pub(super) pending: Pending,
+    pub(super) throttle: Throttle,
+    stop: bool,
+}
+
+impl Actor {
+    pub(super) fn new(parts: Parts) -> Self {
+        let info = &parts.shared.info;
+        let pollers = parts.ports.len();
+        Self {
+            attached: vec![false; pollers],
+            front: None,
+            map: GuestMap::empty(),
+            kicks: vec![None; usize::from(info.queues)],
+            switch: Switch::new(pollers),
+            watcher: None,
+            phase: Phase::Disabled,
+            drain: None,
+            shutdowns: 0,
+            admin: None,
+            queues: Queues::new(info.queues),
+            shadow: None,
+            features: Features::new(info),
+            events: Events::default(),
+            errors: ErrorLog::default(),
+            health: Health::new(pollers),
+            changed: Vec::new(),
+            pending: Pending::default(),
+            throttle: Throttle::new(),
+            stop: false,
+            shared: parts.shared,
+            outbox: parts.outbox,
+            key: parts.key,
+            ports: parts.ports,
+            namespaces: parts.namespaces,
+            volatile: parts.volatile,
+        }
+    }
+
+    /// Run until told to stop.
+    pub(super) fn run(mut self) {
+        loop {
+            let more = self.turn();
+            if self.stop {
+                break;
+            }
+            if !more {
+                self.sleep();
+            }
+        }
+        // Nobody waits for the answers: a poller keeps alive what its I/O needs.
+        for poller in self.attached_pollers() {
+            let token = self.pending.unanswered();
+            self.tell(
+                poller,
+                Message::Detach {
+                    token,
+                    key: self.key,
+                },
+            );
+        }
+    }
+
+    /// Look at everything once; whether there is more to do right away.
+    pub(super) fn turn(&mut self) -> bool {
+        let shared = Arc::clone(&self.shared);
+        shared.inbox.awake();
+        self.read_kick();
+        let mut more = false;
+        for n in 0.. {
+            match self.outbox.mail.try_recv() {
+                Ok(mail) => self.take(mail),
+                Err(_) => break,
+            }
+            if n >= MAIL_BATCH {
+                more = true;
+                break;
+            }
+        }
+        for poller in 0..self.ports.len() {
+            if let Some(mode) = shared.inbox.take_want(poller) {
+                self.switch.want(poller, mode);
+            }
+        }
+        self.collect_failures();
+        self.advance();
+        self.switch_doorbells();
+        shared.inbox.take_rung();
+        more |= self.serve_admin();
+        self.warn_of_slow_drain();
+        more
+    }
+
+    /// Take the reports of failed commands. A poller reports before the guest sees the completion: so a guest that asks for the
+    /// log finds what it was told of.
+    pub(super) fn collect_failures(&mut self) {
+        while let Ok(failure) = self.outbox.failures.try_recv() {
+            self.errors.record(&failure);
+        }
+        self.errors.lost(self.shared.inbox.take_lost());
+    }
+
+    fn take(&mut self, mail: Mail) {
+        match mail {
+            Mail::Stop => self.stop = true,
+            Mail::Attach(front) => self.attach(front),
+            Mail::Detach(done) => self.detach(done),
+            Mail::Reset(done) => self.reset_from_outside(done),
+            Mail::Memory(map, done) => self.set_memory(map, done),
+            Mail::Kick(index, kick) => self.set_kick(index, kick),
+            Mail::Doorbells(mode) => {
+                if self.switch.acknowledged(mode) {
+                    self.tell_doorbells();
+                }
+            }
+            Mail::Reply(reply) => self.answered(reply),
+            Mail::Stopped(event) => self.queue_stopped(event),
+            Mail::NamespaceChanged(nsid) => self.namespace_changed(nsid),
+            Mail::Flushed(shutdown) => self.flushed(shutdown),
+        }
+    }
+
+    /// Whether no mail waits.
+    #[cfg(test)]
+    pub(super) fn is_idle(&self) -> bool {
+        self.outbox.mail.is_empty()
+    }
+
+    fn queue_stopped(&mut self, event: PollerEvent) {
+        let (qid, what, event) = match event {
+            PollerEvent::InvalidDoorbell { qid } => (
+                qid,
+                "the guest wrote a value to its doorbell that the queue does not have",
+                AsyncEvent::INVALID_DOORBELL_VALUE,
+            ),
+            PollerEvent::QueueMemoryGone { qid } => (
+                qid,
+                "its memory has gone",
+                AsyncEvent::TRANSIENT_INTERNAL_ERROR,
+            ),
+            _ => return,
+        };
+        self.complain(&format!("I/O queue {qid} has stopped: {what}"));
+        // A queue of the time before a reset is none of the guest's business any more.
+        if self.admin.is_some() {
+            self.errors.record_queue(qid);
+            self.events.raise(event);
+        }
+    }
+
+    fn namespace_changed(&mut self, nsid: u32) {
+        if let Err(at) = self.changed.binary_search(&nsid)
+            && self.shared.info.namespace(nsid).is_some()
+        {
+            self.changed.insert(at, nsid);
+        }
+        self.events.raise(AsyncEvent::NAMESPACE_ATTRIBUTE_CHANGED);
+    }
+
+    /// Send a message to a poller.
+    pub(super) fn tell(&self, poller: usize, message: Message) {
+        if let Some(port) = self.ports.get(poller) {
+            port.send(message);
+        }
+    }
+
+    /// The pollers that know this controller.
+    pub(super) fn attached_pollers(&self) -> Vec<usize> {
+        let known = self.attached.iter().enumerate();
+        known.filter_map(|(i, yes)| yes.then_some(i)).collect()
+    }
+
+    /// Ourselves, for pollers.
+    pub(super) fn sink(&self) -> Arc<dyn ControlSink> {
+        Arc::clone(&self.shared.inbox) as _
+    }
+
+    /// A line in the log about something the guest did; not more of them than a person can read.
+    pub(super) fn complain(&mut self, what: &str) {
+        if let Some(missed) = self.throttle.pass() {
+            let controller = self.shared.info.name.as_str();
+            match missed {
+                0 => tracing::warn!(controller, "{what}"),
+                missed => tracing::warn!(controller, missed, "{what}"),
+            }
+        }
+    }
+
+    fn set_kick(&mut self, index: usize, kick: Option<File>) {
+        if let Some(kick) = &kick {
+            // We read it when poll says so, but may not be the only reader: never wait in that read.
+            let flags = rustix::fs::fcntl_getfl(kick);
+            let set =
+                flags.and_then(|f| rustix::fs::fcntl_setfl(kick, f | rustix::fs::OFlags::NONBLOCK));
+            if let Err(error) = set {
+                self.complain(&format!("kick {index} is not a usable eventfd: {error}"));
+                return;
+            }
+        }
+        let kick = kick.map(Arc::new);
+        let Some(slot) = self.kicks.get_mut(index) else {
+            return;
+        };
+        slot.clone_from(&kick);
+        if let Ok(qid) = u16::try_from(index)
+            && let Some(poller) = self.queues.poller_of_kick(qid)
+        {
+            let key = self.key;
+            self.tell(poller, Message::SetKick { key, qid, kick });
+        }
+    }
+
+    fn read_kick(&self) {
+        if let Some(Some(kick)) = self.kicks.first() {
+            let _ = rustix::io::read(kick, &mut [0u8; 8]);
+        }
+    }
+
+    fn switch_doorbells(&mut self) {
+        // A front-end that is busy with a reset has nothing mapped that matters; ask when it is done.
+        if self.drain.is_some() {
+            return;
+        }
+        let before = self.switch.mode();
+        if let Some(front) = &self.front
+            && let Some(mode) = self.switch.next()
+        {
+            front.request_doorbells(mode);
+        }
+        if self.switch.mode() != before {
+            self.tell_doorbells();
+        }
+        self.watch_admin();
+    }
+
+    /// Tell pollers how doorbells reach us now.
+    fn tell_doorbells(&mut self) {
+        let mode = self.switch.mode();
+        for poller in self.attached_pollers() {
+            let key = self.key;
+            self.tell(poller, Message::SetDoorbells { key, mode });
+        }
+        self.watch_admin();
+    }
+
+    /// Have one poller watch the admin doorbells, exactly while nobody kicks.
+    pub(super) fn watch_admin(&mut self) {
+        let wanted = match self.switch.mode() {
+            DoorbellMode::Trapped => None,
+            DoorbellMode::Mapped => self
+                .watcher
+                .filter(|w| self.attached.get(*w) == Some(&true))
+                .or_else(|| self.attached_pollers().first().copied()),
+        };
+        if wanted == self.watcher {
+            return;
+        }
+        let key = self.key;
+        if let Some(old) = std::mem::replace(&mut self.watcher, wanted)
+            && self.attached.get(old) == Some(&true)
+        {
+            self.tell(old, Message::WatchAdmin { key, on: false });
+        }
+        if let Some(new) = wanted {
+            self.tell(new, Message::WatchAdmin { key, on: true });
+        }
+    }
+
+    fn warn_of_slow_drain(&mut self) {
+        let Some(drain) = &mut self.drain else { return };
+        if drain.is_slow(DRAIN_LIMIT) {
+            let controller = self.shared.info.name.as_str();
+            tracing::warn!(
+                controller,
+                "a reset still waits for I/O that is out; the guest's memory stays mapped until it ends"
+            );
+        }
+    }
+
+    /// Wait for news.
+    fn sleep(&mut self) {
+        let now = Instant::now();
+        let mut limit = None;
+        let mut at_most = |d: Duration| limit = Some(limit.map_or(d, |l: Duration| l.min(d)));
+        if self.phase == Phase::Ready {
+            at_most(self.health.sample(&self.shared.info, now));
+            if self.switch.mode() == DoorbellMode::Mapped {
+                at_most(MAPPED_LOOK);
+            }
+            if self.admin.as_ref().is_some_and(AdminQueue::is_blocked) {
+                at_most(FULL_LOOK);
+            }
+        }
+        if self.drain.is_some() {
+            at_most(DRAIN_LIMIT);
+        }
+        let timeout = limit.map(|d| Timespec {
+            tv_sec: i64::try_from(d.as_secs()).unwrap_or(i64::MAX),
+            tv_nsec: d.subsec_nanos().into(),
+        });
+        let wake = self.shared.inbox.fd();
+        let kick = self.kicks.first().and_then(|kick| kick.as_deref());
+        let result = match kick {
+            None => poll(&mut [PollFd::new(&wake, PollFlags::IN)], timeout.as_ref()),
+            Some(kick) => {
+                let kick = kick.as_fd();
+                let mut fds = [
+                    PollFd::new(&wake, PollFlags::IN),
+                    PollFd::new(&kick, PollFlags::IN),
+                ];
+                poll(&mut fds, timeout.as_ref())
+            }
+        };
+        match result {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            // Cannot happen with fds we own; if it does, do not spin.
+            Err(_) => std::thread::sleep(FULL_LOOK),
+        }
+    }
+}

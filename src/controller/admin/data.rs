@@ -1,0 +1,88 @@
+//! Moving the data of an admin command between a buffer of ours and the PRPs of the guest.
+
+use nvme_spec::prp::{self, PageSize, ReadList, Segment};
+use nvme_spec::{Sqe, Status};
+
+use crate::memory::GuestMap;
+
+/// PRP lists in guest memory.
+struct Lists<'a>(&'a GuestMap);
+
+impl ReadList for Lists<'_> {
+    fn read(&mut self, addr: u64, entries: &mut [u64]) -> Result<(), Status> {
+        // The copy is bounded: the walker asks for 64 entries at most.
+        let mut bytes = [0; 512];
+        let bytes = bytes
+            .get_mut(..entries.len().saturating_mul(8))
+            .ok_or(Status::INTERNAL_ERROR)?;
+        if !self.0.read(addr, bytes) {
+            return Err(Status::DATA_TRANSFER_ERROR);
+        }
+        for (entry, bytes) in entries.iter_mut().zip(bytes.as_chunks::<8>().0) {
+            *entry = u64::from_le_bytes(*bytes);
+        }
+        Ok(())
+    }
+}
+
+/// Call `each` for the pieces of the first `len` bytes the command's PRPs describe.
+fn walk(
+    map: &GuestMap,
+    sqe: &Sqe,
+    len: u32,
+    mut each: impl FnMut(Segment) -> bool,
+) -> Result<(), Status> {
+    prp::walk(
+        PageSize::K4,
+        sqe.prp1,
+        sqe.prp2,
+        len,
+        &mut Lists(map),
+        &mut |segment| match each(segment) {
+            true => Ok(()),
+            false => Err(Status::DATA_TRANSFER_ERROR),
+        },
+    )
+}
+
+/// Copy `data` to the guest, and zeroes behind it up to `len` bytes.
+pub(super) fn to_guest(map: &GuestMap, sqe: &Sqe, data: &[u8], len: u32) -> Result<(), Status> {
+    const ZEROES: [u8; 4096] = [0; 4096];
+    let mut rest = data;
+    walk(map, sqe, len, |segment| {
+        let mut at = segment.addr;
+        let mut left = segment.len as usize;
+        while left > 0 {
+            let source = if rest.is_empty() { &ZEROES[..] } else { rest };
+            let Some((now, after)) = source.split_at_checked(left.min(source.len())) else {
+                return false;
+            };
+            if !map.write(at, now) {
+                return false;
+            }
+            if !rest.is_empty() {
+                rest = after;
+            }
+            // The walker has checked that a segment ends inside the address space.
+            at = at.saturating_add(now.len() as u64);
+            left -= now.len();
+        }
+        true
+    })
+}
+
+/// Copy from the guest.
+pub(super) fn from_guest<const N: usize>(map: &GuestMap, sqe: &Sqe) -> Result<[u8; N], Status> {
+    let mut data = [0; N];
+    let mut done = 0;
+    let len = u32::try_from(N).map_err(|_| Status::INTERNAL_ERROR)?;
+    walk(map, sqe, len, |segment| {
+        let end = segment.len as usize + done;
+        let Some(piece) = data.get_mut(done..end) else {
+            return false;
+        };
+        done = end;
+        map.read(segment.addr, piece)
+    })?;
+    Ok(data)
+}

@@ -1,0 +1,717 @@
+//! Set and Get Features: the values, what they may be, and what they are after a reset.
+
+use std::time::Instant;
+
+use nvme_spec::Status;
+use nvme_spec::admin::{GetFeatures, SetFeatures};
+use nvme_spec::command::NSID_BROADCAST;
+use nvme_spec::event::AsyncEventConfig;
+use nvme_spec::feature::{
+    Arbitration, Capabilities, ErrorRecovery, FeatureId, HostBehavior, InterruptCoalescing,
+    InterruptVectorConfig, NumberOfQueues, PowerManagement, Select, SoftwareProgress,
+    TemperatureThreshold, ThresholdType, Timestamp, VolatileWriteCache, WriteAtomicity,
+};
+use nvme_spec::log::CriticalWarning;
+use zerocopy::{FromBytes as _, IntoBytes as _};
+
+use super::refusal::{Field, Refusal, invalid};
+use crate::controller::health::{TEMPERATURE, WARNING_TEMPERATURE};
+use crate::controller::info::Info;
+
+/// The features there are (Volatile Write Cache only if there is one).
+pub(super) const SUPPORTED: [FeatureId; 13] = [
+    FeatureId::ARBITRATION,
+    FeatureId::POWER_MANAGEMENT,
+    FeatureId::TEMPERATURE_THRESHOLD,
+    FeatureId::ERROR_RECOVERY,
+    FeatureId::VOLATILE_WRITE_CACHE,
+    FeatureId::NUMBER_OF_QUEUES,
+    FeatureId::INTERRUPT_COALESCING,
+    FeatureId::INTERRUPT_VECTOR_CONFIG,
+    FeatureId::WRITE_ATOMICITY,
+    FeatureId::ASYNC_EVENT_CONFIG,
+    FeatureId::TIMESTAMP,
+    FeatureId::HOST_BEHAVIOR,
+    FeatureId::SOFTWARE_PROGRESS,
+];
+
+/// Events a guest may ask for: the SMART ones, and namespace attribute notices.
+const EVENTS: u32 = 0x1FF;
+
+/// The current values.
+pub(in crate::controller) struct Features {
+    arbitration: u32,
+    power: u32,
+    over: u16,
+    under: u16,
+    /// By place of the namespace.
+    error_recovery: Vec<ErrorRecovery>,
+    /// What was granted, zero-based.
+    granted: NumberOfQueues,
+    coalescing: InterruptCoalescing,
+    /// Coalescing Disable, by vector.
+    uncoalesced: Vec<bool>,
+    atomicity: WriteAtomicity,
+    clock: Clock,
+    behavior: HostBehavior,
+    /// Survives resets.
+    progress: SoftwareProgress,
+}
+
+/// The Timestamp feature.
+#[derive(Clone, Copy)]
+struct Clock {
+    millis: u64,
+    since: Instant,
+    origin: u8,
+}
+
+/// What a Get Features gives.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Got {
+    /// Completion dword 0.
+    pub(super) dw0: u32,
+    /// Data, for features that have any.
+    pub(super) data: Vec<u8>,
+}
+
+impl Features {
+    pub(in crate::controller) fn new(info: &Info) -> Self {
+        let most_z = info.queues.saturating_sub(2);
+        Self {
+            arbitration: DEFAULT_ARBITRATION,
+            power: 0,
+            over: WARNING_TEMPERATURE,
+            under: 0,
+            error_recovery: vec![ErrorRecovery::new(); info.namespaces.len()],
+            granted: NumberOfQueues::new().with_nsq_z(most_z).with_ncq_z(most_z),
+            coalescing: InterruptCoalescing::new(),
+            uncoalesced: vec![false; usize::from(info.queues)],
+            atomicity: WriteAtomicity::new(),
+            clock: Clock {
+                millis: 0,
+                since: Instant::now(),
+                origin: Timestamp::ORIGIN_RESET,
+            },
+            behavior: HostBehavior::default(),
+            progress: SoftwareProgress::new(),
+        }
+    }
+
+    /// Back to the defaults, as a Controller Level Reset does. What the host noted for the time before it runs stays.
+    pub(in crate::controller) fn reset(&mut self, info: &Info) {
+        let progress = self.progress;
+        *self = Self::new(info);
+        self.progress = progress;
+    }
+
+    /// I/O submission queues granted.
+    pub(in crate::controller) fn submission_queues(&self) -> u16 {
+        self.granted.nsq_z().saturating_add(1)
+    }
+
+    /// I/O completion queues granted.
+    pub(in crate::controller) fn completion_queues(&self) -> u16 {
+        self.granted.ncq_z().saturating_add(1)
+    }
+
+    /// The warnings that follow from thresholds.
+    pub(in crate::controller) fn warning(&self) -> CriticalWarning {
+        CriticalWarning::new()
+            .with_temperature(TEMPERATURE >= self.over || TEMPERATURE <= self.under)
+    }
+
+    /// Get Features.
+    pub(super) fn get(
+        &self,
+        info: &Info,
+        events: AsyncEventConfig,
+        command: &GetFeatures,
+    ) -> Result<Got, Refusal> {
+        let fid = command.fid;
+        supported(info, fid)?;
+        let fresh;
+        let values = match command.sel {
+            Select::CURRENT => self,
+            // Nothing is saved: the saved value is the default.
+            Select::DEFAULT | Select::SAVED => {
+                fresh = Self::new(info);
+                &fresh
+            }
+            Select::SUPPORTED => {
+                return Ok(Got {
+                    dw0: capabilities(fid).into_bits(),
+                    data: Vec::new(),
+                });
+            }
+            _ => return Err(Refusal::at(Status::INVALID_FIELD, Field::Cdw10, 8)),
+        };
+        let events = match command.sel {
+            Select::CURRENT => events,
+            _ => AsyncEventConfig::new(),
+        };
+        let mut data = Vec::new();
+        let dw0 = match fid {
+            FeatureId::ARBITRATION => values.arbitration,
+            FeatureId::POWER_MANAGEMENT => values.power,
+            FeatureId::TEMPERATURE_THRESHOLD => values.threshold(command.cdw11)?,
+            FeatureId::ERROR_RECOVERY => {
+                let at = namespace(info, command.nsid)?;
+                values
+                    .error_recovery
+                    .get(at)
+                    .copied()
+                    .unwrap_or_default()
+                    .into_bits()
+            }
+            FeatureId::VOLATILE_WRITE_CACHE => VolatileWriteCache::new().with_wce(true).into_bits(),
+            FeatureId::NUMBER_OF_QUEUES => values.granted.into_bits(),
+            FeatureId::INTERRUPT_COALESCING => values.coalescing.into_bits(),
+            FeatureId::INTERRUPT_VECTOR_CONFIG => values.vector(command.cdw11)?,
+            FeatureId::WRITE_ATOMICITY => values.atomicity.into_bits(),
+            FeatureId::ASYNC_EVENT_CONFIG => events.into_bits(),
+            FeatureId::TIMESTAMP => {
+                data = values.clock.now().as_bytes().to_vec();
+                0
+            }
+            FeatureId::HOST_BEHAVIOR => {
+                data = values.behavior.as_bytes().to_vec();
+                0
+            }
+            FeatureId::SOFTWARE_PROGRESS => values.progress.into_bits(),
+            _ => return Err(invalid(Field::Cdw10)),
+        };
+        Ok(Got { dw0, data })
+    }
+
+    fn threshold(&self, cdw11: u32) -> Result<u32, Refusal> {
+        let asked = TemperatureThreshold::from_bits(cdw11);
+        // There is the composite temperature and no sensor.
+        if asked.tmpsel() != 0 {
+            return Err(invalid(Field::Cdw11High));
+        }
+        let kelvins = match asked.thsel() {
+            ThresholdType::OVER => self.over,
+            ThresholdType::UNDER => self.under,
+            _ => return Err(Refusal::at(Status::INVALID_FIELD, Field::Cdw11, 20)),
+        };
+        Ok(TemperatureThreshold::new().with_tmpth(kelvins).into_bits())
+    }
+
+    fn vector(&self, cdw11: u32) -> Result<u32, Refusal> {
+        let asked = InterruptVectorConfig::from_bits(cdw11);
+        match self.uncoalesced.get(usize::from(asked.iv())) {
+            Some(cd) => Ok(InterruptVectorConfig::new()
+                .with_iv(asked.iv())
+                .with_cd(*cd)
+                .into_bits()),
+            None => Err(invalid(Field::Cdw11)),
+        }
+    }
+
+    /// Set Features, with its data if the feature has any. `queues`: there are I/O queues. Returns completion dword 0.
+    pub(super) fn set(
+        &mut self,
+        info: &Info,
+        events: &mut AsyncEventConfig,
+        command: &SetFeatures,
+        data: &[u8],
+        queues: bool,
+    ) -> Result<u32, Refusal> {
+        let fid = command.fid;
+        supported(info, fid)?;
+        if command.sv {
+            return Err(Refusal::at(Status::FEATURE_NOT_SAVEABLE, Field::Cdw10, 31));
+        }
+        let broad = command.nsid == 0 || command.nsid == NSID_BROADCAST;
+        if fid != FeatureId::ERROR_RECOVERY && !broad {
+            namespace(info, command.nsid)?;
+            return Err(Refusal::of(
+                Status::FEATURE_NOT_NAMESPACE_SPECIFIC,
+                Field::Nsid,
+            ));
+        }
+        let value = command.cdw11;
+        match fid {
+            FeatureId::ARBITRATION => {
+                self.arbitration = Arbitration::from_bits(value).into_bits() & !0xF8;
+            }
+            FeatureId::POWER_MANAGEMENT => {
+                let power = PowerManagement::from_bits(value);
+                if power.ps() != 0 {
+                    return Err(invalid(Field::Cdw11));
+                }
+                self.power = value & 0xE0;
+            }
+            FeatureId::TEMPERATURE_THRESHOLD => self.set_threshold(value)?,
+            FeatureId::ERROR_RECOVERY => self.set_error_recovery(info, command.nsid, value)?,
+            FeatureId::VOLATILE_WRITE_CACHE => {
+                // Turning it off would promise that every write is stable when it completes: we do not offer that, a guest
+                // that wants it uses FUA.
+                if !VolatileWriteCache::from_bits(value).wce() {
+                    return Err(Refusal::of(Status::FEATURE_NOT_CHANGEABLE, Field::Cdw11));
+                }
+            }
+            FeatureId::NUMBER_OF_QUEUES => {
+                let asked = NumberOfQueues::from_bits(value);
+                if queues {
+                    return Err(Status::COMMAND_SEQUENCE_ERROR.into());
+                }
+                if asked.nsq_z() == 0xFFFF {
+                    return Err(invalid(Field::Cdw11));
+                }
+                if asked.ncq_z() == 0xFFFF {
+                    return Err(invalid(Field::Cdw11High));
+                }
+                let most_z = info.queues.saturating_sub(2);
+                self.granted = NumberOfQueues::new()
+                    .with_nsq_z(asked.nsq_z().min(most_z))
+                    .with_ncq_z(asked.ncq_z().min(most_z));
+                return Ok(self.granted.into_bits());
+            }
+            FeatureId::INTERRUPT_COALESCING => {
+                self.coalescing = InterruptCoalescing::from_bits(value & 0xFFFF);
+            }
+            FeatureId::INTERRUPT_VECTOR_CONFIG => {
+                let config = InterruptVectorConfig::from_bits(value);
+                match self.uncoalesced.get_mut(usize::from(config.iv())) {
+                    Some(cd) => *cd = config.cd(),
+                    None => return Err(invalid(Field::Cdw11)),
+                }
+            }
+            FeatureId::WRITE_ATOMICITY => self.atomicity = WriteAtomicity::from_bits(value & 1),
+            FeatureId::ASYNC_EVENT_CONFIG => *events = AsyncEventConfig::from_bits(value & EVENTS),
+            FeatureId::TIMESTAMP => {
+                let stamp =
+                    Timestamp::read_from_bytes(data).map_err(|_| Status::DATA_TRANSFER_ERROR)?;
+                self.clock = Clock {
+                    millis: stamp.get(),
+                    since: Instant::now(),
+                    origin: Timestamp::ORIGIN_SET,
+                };
+            }
+            FeatureId::HOST_BEHAVIOR => {
+                let behavior =
+                    HostBehavior::read_from_bytes(data).map_err(|_| Status::DATA_TRANSFER_ERROR)?;
+                let flags = [
+                    behavior.acre,
+                    behavior.etdas,
+                    behavior.lbafee,
+                    behavior.hdisns,
+                ];
+                if flags.iter().any(|flag| *flag > 1) {
+                    return Err(Status::INVALID_FIELD.into());
+                }
+                self.behavior = behavior;
+            }
+            FeatureId::SOFTWARE_PROGRESS => {
+                self.progress = SoftwareProgress::from_bits(value & 0xFF);
+            }
+            _ => return Err(invalid(Field::Cdw10)),
+        }
+        Ok(0)
+    }
+
+    fn set_threshold(&mut self, value: u32) -> Result<(), Refusal> {
+        let new = TemperatureThreshold::from_bits(value);
+        // 0 is the composite temperature, 15 is all there are: the same here.
+        if new.tmpsel() != 0 && new.tmpsel() != 15 {
+            return Err(invalid(Field::Cdw11High));
+        }
+        match new.thsel() {
+            ThresholdType::OVER => self.over = new.tmpth(),
+            ThresholdType::UNDER => self.under = new.tmpth(),
+            _ => return Err(Refusal::at(Status::INVALID_FIELD, Field::Cdw11, 20)),
+        }
+        Ok(())
+    }
+
+    fn set_error_recovery(&mut self, info: &Info, nsid: u32, value: u32) -> Result<(), Refusal> {
+        let new = ErrorRecovery::from_bits(value & 0x1_FFFF);
+        // NSFEAT does not offer the error for deallocated blocks.
+        if new.dulbe() {
+            return Err(invalid(Field::Cdw11High));
+        }
+        if nsid == NSID_BROADCAST {
+            self.error_recovery.fill(new);
+        } else {
+            let at = namespace(info, nsid)?;
+            if let Some(slot) = self.error_recovery.get_mut(at) {
+                *slot = new;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// No limit of the arbitration burst, all weights one.
+const DEFAULT_ARBITRATION: u32 = 7;
+
+impl Clock {
+    fn now(&self) -> Timestamp {
+        let age = u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX);
+        Timestamp::new(self.millis.saturating_add(age), self.origin)
+    }
+}
+
+fn supported(info: &Info, fid: FeatureId) -> Result<(), Refusal> {
+    let present = match fid {
+        FeatureId::VOLATILE_WRITE_CACHE => info.volatile_write_cache(),
+        _ => SUPPORTED.contains(&fid),
+    };
+    match present {
+        true => Ok(()),
+        false => Err(invalid(Field::Cdw10)),
+    }
+}
+
+/// The place of the active namespace with this NSID.
+fn namespace(info: &Info, nsid: u32) -> Result<usize, Refusal> {
+    match info.namespace(nsid) {
+        Some((at, _)) => Ok(at),
+        None if (1..=info.max_namespaces).contains(&nsid) => Err(invalid(Field::Nsid)),
+        None => Err(Refusal::of(
+            Status::INVALID_NAMESPACE_OR_FORMAT,
+            Field::Nsid,
+        )),
+    }
+}
+
+fn capabilities(fid: FeatureId) -> Capabilities {
+    Capabilities::new()
+        .with_namespace_specific(fid == FeatureId::ERROR_RECOVERY)
+        .with_changeable(fid != FeatureId::VOLATILE_WRITE_CACHE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::controller::info::tests::sample;
+
+    fn set(fid: FeatureId, cdw11: u32) -> SetFeatures {
+        SetFeatures {
+            fid,
+            cdw11,
+            ..SetFeatures::default()
+        }
+    }
+
+    fn get(fid: FeatureId, sel: Select, cdw11: u32) -> GetFeatures {
+        GetFeatures {
+            fid,
+            sel,
+            cdw11,
+            // Only Error Recovery looks at it.
+            nsid: 1,
+            ..GetFeatures::default()
+        }
+    }
+
+    struct Rig {
+        info: Info,
+        features: Features,
+        events: AsyncEventConfig,
+    }
+
+    impl Rig {
+        fn new() -> Self {
+            let info = sample();
+            Self {
+                features: Features::new(&info),
+                events: AsyncEventConfig::new(),
+                info,
+            }
+        }
+
+        fn set(&mut self, command: &SetFeatures) -> Result<u32, Refusal> {
+            self.features
+                .set(&self.info, &mut self.events, command, &[], false)
+        }
+
+        fn get(&self, command: &GetFeatures) -> Result<u32, Refusal> {
+            let got = self.features.get(&self.info, self.events, command);
+            got.map(|got| got.dw0)
+        }
+    }
+
+    #[test]
+    fn what_is_set_is_got_and_the_default_stays() {
+        // feature, default, set, then got, Get dword 11
+        let cases = [
+            (FeatureId::ARBITRATION, 7, 0x0302_01FB, 0x0302_0103, 0),
+            (FeatureId::POWER_MANAGEMENT, 0, 0x20, 0x20, 0),
+            (FeatureId::TEMPERATURE_THRESHOLD, 343, 350, 350, 0),
+            (FeatureId::TEMPERATURE_THRESHOLD, 0, 5 | 1 << 20, 5, 1 << 20),
+            (
+                FeatureId::TEMPERATURE_THRESHOLD,
+                343,
+                351 | 15 << 16,
+                351,
+                0,
+            ),
+            (FeatureId::INTERRUPT_COALESCING, 0, 0xFFFF_1234, 0x1234, 0),
+            (
+                FeatureId::INTERRUPT_VECTOR_CONFIG,
+                4,
+                4 | 1 << 16,
+                4 | 1 << 16,
+                4,
+            ),
+            (FeatureId::WRITE_ATOMICITY, 0, 1, 1, 0),
+            (FeatureId::ASYNC_EVENT_CONFIG, 0, 0xFFFF_FFFF, 0x1FF, 0),
+            (FeatureId::SOFTWARE_PROGRESS, 0, 0x105, 5, 0),
+            (FeatureId::VOLATILE_WRITE_CACHE, 1, 1, 1, 0),
+        ];
+        for (fid, default, value, after, cdw11) in cases {
+            let mut rig = Rig::new();
+            let read = |rig: &Rig, sel| rig.get(&get(fid, sel, cdw11));
+            assert_eq!(read(&rig, Select::CURRENT), Ok(default), "{fid:?}");
+            assert_eq!(rig.set(&set(fid, value)), Ok(0), "{fid:?}");
+            assert_eq!(read(&rig, Select::CURRENT), Ok(after), "{fid:?}");
+            assert_eq!(read(&rig, Select::DEFAULT), Ok(default), "{fid:?}");
+            assert_eq!(read(&rig, Select::SAVED), Ok(default), "{fid:?}");
+        }
+    }
+
+    #[test]
+    fn refusals_have_their_status_and_place() {
+        let field = |f| invalid(f);
+        let cases = [
+            (set(FeatureId::POWER_MANAGEMENT, 1), field(Field::Cdw11)),
+            (
+                set(FeatureId::TEMPERATURE_THRESHOLD, 1 << 16),
+                field(Field::Cdw11High),
+            ),
+            (
+                set(FeatureId::TEMPERATURE_THRESHOLD, 2 << 20),
+                Refusal {
+                    status: Status::INVALID_FIELD,
+                    location: 46 | 4 << 8,
+                },
+            ),
+            (
+                set(FeatureId::VOLATILE_WRITE_CACHE, 0),
+                Refusal::of(Status::FEATURE_NOT_CHANGEABLE, Field::Cdw11),
+            ),
+            (
+                set(FeatureId::NUMBER_OF_QUEUES, 0xFFFF),
+                field(Field::Cdw11),
+            ),
+            (
+                set(FeatureId::NUMBER_OF_QUEUES, 0xFFFF_0000),
+                field(Field::Cdw11High),
+            ),
+            (
+                set(FeatureId::INTERRUPT_VECTOR_CONFIG, 5),
+                field(Field::Cdw11),
+            ),
+            (
+                set(FeatureId::TIMESTAMP, 0),
+                Refusal::from(Status::DATA_TRANSFER_ERROR),
+            ),
+            (
+                SetFeatures {
+                    sv: true,
+                    ..set(FeatureId::ARBITRATION, 0)
+                },
+                Refusal {
+                    status: Status::FEATURE_NOT_SAVEABLE,
+                    location: 43 | 7 << 8,
+                },
+            ),
+            (
+                SetFeatures {
+                    nsid: 1,
+                    ..set(FeatureId::ARBITRATION, 0)
+                },
+                Refusal::of(Status::FEATURE_NOT_NAMESPACE_SPECIFIC, Field::Nsid),
+            ),
+            (
+                SetFeatures {
+                    nsid: 9,
+                    ..set(FeatureId::ARBITRATION, 0)
+                },
+                Refusal::of(Status::INVALID_NAMESPACE_OR_FORMAT, Field::Nsid),
+            ),
+            (
+                SetFeatures {
+                    nsid: 1,
+                    ..set(FeatureId::ERROR_RECOVERY, 1 << 16)
+                },
+                field(Field::Cdw11High),
+            ),
+            (
+                set(FeatureId::ERROR_RECOVERY, 0),
+                Refusal::of(Status::INVALID_NAMESPACE_OR_FORMAT, Field::Nsid),
+            ),
+        ];
+        for (command, refusal) in cases {
+            assert_eq!(Rig::new().set(&command), Err(refusal), "{command:?}");
+        }
+        for fid in (0..=255).map(FeatureId).filter(|f| !SUPPORTED.contains(f)) {
+            let mut rig = Rig::new();
+            assert_eq!(rig.set(&set(fid, 0)), Err(field(Field::Cdw10)), "{fid:?}");
+            for sel in [Select::CURRENT, Select::SUPPORTED] {
+                assert_eq!(
+                    rig.get(&get(fid, sel, 0)),
+                    Err(field(Field::Cdw10)),
+                    "{fid:?}"
+                );
+            }
+        }
+        let rig = Rig::new();
+        for fid in SUPPORTED {
+            for sel in (4..8).map(Select) {
+                let at = Refusal::at(Status::INVALID_FIELD, Field::Cdw10, 8);
+                assert_eq!(rig.get(&get(fid, sel, 0)), Err(at), "{fid:?} {sel:?}");
+            }
+        }
+        let temperature = get(FeatureId::TEMPERATURE_THRESHOLD, Select::CURRENT, 15 << 16);
+        assert_eq!(rig.get(&temperature), Err(field(Field::Cdw11High)));
+        let vector = get(FeatureId::INTERRUPT_VECTOR_CONFIG, Select::CURRENT, 5);
+        assert_eq!(rig.get(&vector), Err(field(Field::Cdw11)));
+    }
+
+    #[test]
+    fn without_a_volatile_cache_there_is_no_such_feature() {
+        let mut rig = Rig::new();
+        rig.info.namespaces.remove(0);
+        let fid = FeatureId::VOLATILE_WRITE_CACHE;
+        assert_eq!(rig.set(&set(fid, 1)), Err(invalid(Field::Cdw10)));
+        let current = get(fid, Select::CURRENT, 0);
+        assert_eq!(rig.get(&current), Err(invalid(Field::Cdw10)));
+    }
+
+    #[test]
+    fn queues_are_granted_as_asked_up_to_the_limit_and_only_before_there_are_any() {
+        let mut rig = Rig::new();
+        let fid = FeatureId::NUMBER_OF_QUEUES;
+        assert_eq!(rig.get(&get(fid, Select::CURRENT, 0)), Ok(0x0003_0003));
+        assert_eq!(rig.set(&set(fid, 0x0001_0063)), Ok(0x0001_0003));
+        assert_eq!(rig.features.submission_queues(), 4);
+        assert_eq!(rig.features.completion_queues(), 2);
+        let late = rig
+            .features
+            .set(&rig.info, &mut rig.events, &set(fid, 0), &[], true);
+        assert_eq!(late, Err(Status::COMMAND_SEQUENCE_ERROR.into()));
+    }
+
+    #[test]
+    fn error_recovery_is_that_of_a_namespace() {
+        let mut rig = Rig::new();
+        let fid = FeatureId::ERROR_RECOVERY;
+        let of = |rig: &Rig, nsid| {
+            let command = GetFeatures {
+                nsid,
+                ..get(fid, Select::CURRENT, 0)
+            };
+            rig.get(&command)
+        };
+        rig.set(&SetFeatures {
+            nsid: 3,
+            ..set(fid, 9)
+        })
+        .unwrap();
+        assert_eq!((of(&rig, 1), of(&rig, 3)), (Ok(0), Ok(9)));
+        rig.set(&SetFeatures {
+            nsid: NSID_BROADCAST,
+            ..set(fid, 4)
+        })
+        .unwrap();
+        assert_eq!((of(&rig, 1), of(&rig, 3)), (Ok(4), Ok(4)));
+        assert_eq!(of(&rig, 2), Err(invalid(Field::Nsid)), "inactive");
+        let bad = Refusal::of(Status::INVALID_NAMESPACE_OR_FORMAT, Field::Nsid);
+        assert_eq!(
+            (of(&rig, 0), of(&rig, NSID_BROADCAST)),
+            (Err(bad), Err(bad))
+        );
+    }
+
+    #[test]
+    fn capabilities_are_told() {
+        let rig = Rig::new();
+        for fid in SUPPORTED {
+            let expected = match fid {
+                FeatureId::ERROR_RECOVERY => 0b110,
+                FeatureId::VOLATILE_WRITE_CACHE => 0,
+                _ => 0b100,
+            };
+            assert_eq!(
+                rig.get(&get(fid, Select::SUPPORTED, 0)),
+                Ok(expected),
+                "{fid:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn data_features_keep_their_data_and_the_clock_runs() {
+        let mut rig = Rig::new();
+        let stamp = Timestamp::new(1_700_000_000_000, 0);
+        let command = set(FeatureId::TIMESTAMP, 0);
+        rig.features
+            .set(
+                &rig.info,
+                &mut rig.events,
+                &command,
+                stamp.as_bytes(),
+                false,
+            )
+            .unwrap();
+        let read = |rig: &Rig, fid| {
+            let command = get(fid, Select::CURRENT, 0);
+            rig.features
+                .get(&rig.info, rig.events, &command)
+                .unwrap()
+                .data
+        };
+        std::thread::sleep(std::time::Duration::from_millis(3));
+        let now = Timestamp::read_from_bytes(&read(&rig, FeatureId::TIMESTAMP)).unwrap();
+        assert!((1_700_000_000_003..1_700_000_060_000).contains(&now.get()));
+        assert_eq!(now.origin(), Timestamp::ORIGIN_SET);
+
+        let mut behavior = HostBehavior {
+            acre: 1,
+            ..HostBehavior::default()
+        };
+        let command = set(FeatureId::HOST_BEHAVIOR, 0);
+        let put = |rig: &mut Rig, b: &HostBehavior| {
+            rig.features
+                .set(&rig.info, &mut rig.events, &command, b.as_bytes(), false)
+        };
+        assert_eq!(put(&mut rig, &behavior), Ok(0));
+        assert_eq!(read(&rig, FeatureId::HOST_BEHAVIOR), behavior.as_bytes());
+        behavior.lbafee = 2;
+        assert_eq!(put(&mut rig, &behavior), Err(Status::INVALID_FIELD.into()));
+
+        rig.features
+            .set(
+                &rig.info,
+                &mut rig.events,
+                &set(FeatureId::SOFTWARE_PROGRESS, 6),
+                &[],
+                false,
+            )
+            .unwrap();
+        rig.features.reset(&rig.info);
+        let now = Timestamp::read_from_bytes(&read(&rig, FeatureId::TIMESTAMP)).unwrap();
+        assert!(now.get() < 60_000);
+        assert_eq!(now.origin(), Timestamp::ORIGIN_RESET);
+        assert_eq!(read(&rig, FeatureId::HOST_BEHAVIOR), [0; 512]);
+        let progress = get(FeatureId::SOFTWARE_PROGRESS, Select::CURRENT, 0);
+        assert_eq!(rig.get(&progress), Ok(6), "survives a reset");
+    }
+
+    #[test]
+    fn a_threshold_on_the_wrong_side_warns() {
+        let mut rig = Rig::new();
+        assert!(!rig.features.warning().temperature());
+        let fid = FeatureId::TEMPERATURE_THRESHOLD;
+        rig.set(&set(fid, u32::from(TEMPERATURE))).unwrap();
+        assert!(rig.features.warning().temperature());
+        rig.set(&set(fid, 343)).unwrap();
+        rig.set(&set(fid, u32::from(TEMPERATURE) | 1 << 20))
+            .unwrap();
+        assert!(rig.features.warning().temperature());
+    }
+}

@@ -1,0 +1,154 @@
+//! The table of I/O queues: which there are, in which state, and on which poller.
+
+use std::sync::Arc;
+
+use crate::poller::stats::QueueStats;
+
+/// Where a queue is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum State {
+    Creating,
+    Live,
+    Deleting,
+}
+
+/// A completion queue.
+#[derive(Clone, Debug)]
+pub(super) struct Cq {
+    pub(super) state: State,
+    pub(super) poller: usize,
+}
+
+/// A submission queue.
+#[derive(Clone, Debug)]
+pub(super) struct Sq {
+    pub(super) state: State,
+    pub(super) poller: usize,
+    pub(super) cqid: u16,
+}
+
+/// All I/O queues of a controller, and the counters of each identifier (which stay when a queue goes).
+pub(super) struct Queues {
+    cqs: Vec<Option<Cq>>,
+    sqs: Vec<Option<Sq>>,
+    cq_stats: Vec<Arc<QueueStats>>,
+    sq_stats: Vec<Arc<QueueStats>>,
+}
+
+impl Queues {
+    /// None yet; identifiers below `queues`.
+    pub(super) fn new(queues: u16) -> Self {
+        let n = usize::from(queues);
+        let stats = || (0..n).map(|_| Arc::default()).collect();
+        Self {
+            cqs: vec![None; n],
+            sqs: vec![None; n],
+            cq_stats: stats(),
+            sq_stats: stats(),
+        }
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.cqs.fill(None);
+        self.sqs.fill(None);
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.cqs.iter().all(Option::is_none) && self.sqs.iter().all(Option::is_none)
+    }
+
+    pub(super) fn cq(&self, qid: u16) -> Option<&Cq> {
+        self.cqs.get(usize::from(qid))?.as_ref()
+    }
+
+    pub(super) fn sq(&self, qid: u16) -> Option<&Sq> {
+        self.sqs.get(usize::from(qid))?.as_ref()
+    }
+
+    /// The slot of an I/O completion queue; `None` for the admin queue and beyond the last.
+    pub(super) fn cq_slot(&mut self, qid: u16) -> Option<&mut Option<Cq>> {
+        self.cqs.get_mut(usize::from(qid)).filter(|_| qid != 0)
+    }
+
+    /// The slot of an I/O submission queue; `None` for the admin queue and beyond the last.
+    pub(super) fn sq_slot(&mut self, qid: u16) -> Option<&mut Option<Sq>> {
+        self.sqs.get_mut(usize::from(qid)).filter(|_| qid != 0)
+    }
+
+    /// Whether a submission queue, in whichever state, uses this completion queue.
+    pub(super) fn is_used(&self, cqid: u16) -> bool {
+        self.sqs.iter().flatten().any(|sq| sq.cqid == cqid)
+    }
+
+    /// How many queues each poller has.
+    pub(super) fn loads(&self, pollers: usize) -> Vec<usize> {
+        let mut loads = vec![0; pollers];
+        let cqs = self.cqs.iter().flatten().map(|cq| cq.poller);
+        let sqs = self.sqs.iter().flatten().map(|sq| sq.poller);
+        for poller in cqs.chain(sqs) {
+            if let Some(load) = loads.get_mut(poller) {
+                *load += 1;
+            }
+        }
+        loads
+    }
+
+    /// The poller that waits for the kick of this queue pair.
+    pub(super) fn poller_of_kick(&self, qid: u16) -> Option<usize> {
+        self.sq(qid).map(|sq| sq.poller)
+    }
+
+    pub(super) fn cq_stats(&self, qid: u16) -> Arc<QueueStats> {
+        self.cq_stats
+            .get(usize::from(qid))
+            .cloned()
+            .unwrap_or_default()
+    }
+
+    pub(super) fn sq_stats(&self, qid: u16) -> Arc<QueueStats> {
+        self.sq_stats
+            .get(usize::from(qid))
+            .cloned()
+            .unwrap_or_default()
+    }
+
+    /// Identifiers of the queues that exist: submission, completion.
+    pub(super) fn live(&self) -> (Vec<u16>, Vec<u16>) {
+        let ids = |taken: Vec<bool>| {
+            (0u16..)
+                .zip(taken)
+                .filter_map(|(qid, yes)| yes.then_some(qid))
+                .collect()
+        };
+        (
+            ids(self.sqs.iter().map(Option::is_some).collect()),
+            ids(self.cqs.iter().map(Option::is_some).collect()),
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_admin_queue_and_identifiers_beyond_have_no_slot() {
+        let mut q = Queues::new(3);
+        assert!(q.is_empty());
+        assert!(q.cq_slot(0).is_none() && q.sq_slot(0).is_none());
+        assert!(q.cq_slot(3).is_none() && q.sq_slot(u16::MAX).is_none());
+        let state = State::Live;
+        *q.cq_slot(1).unwrap() = Some(Cq { state, poller: 1 });
+        *q.sq_slot(2).unwrap() = Some(Sq {
+            state,
+            poller: 1,
+            cqid: 1,
+        });
+        assert!(q.is_used(1) && !q.is_used(2) && !q.is_empty());
+        assert_eq!(q.loads(2), [0, 2]);
+        assert_eq!((q.poller_of_kick(2), q.poller_of_kick(1)), (Some(1), None));
+        assert_eq!(q.live(), (vec![2], vec![1]));
+        q.clear();
+        assert!(q.is_empty());
+    }
+}
