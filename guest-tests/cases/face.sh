@@ -19,7 +19,7 @@ refusals_case() {
 	local s=$CASE_DIR/s
 	_refuses 'namespace' --socket-path "$s"
 	_refuses 'size' --socket-path "$s" --namespace memory
-	_refuses 'size' --socket-path "$s" --namespace memory,size=0
+	_refuses 'bytes|size' --socket-path "$s" --namespace memory,size=0
 	_refuses 'size|large|memory' --socket-path "$s" --namespace memory,size=99999P
 	_refuses 'block-size' --socket-path "$s" --namespace memory,size=1G,block-size=513
 	_refuses 'No such file' --socket-path "$s" --namespace "file,path=$CASE_DIR/none.img"

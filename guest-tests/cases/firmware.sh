@@ -12,7 +12,7 @@ seabios_case() {
 	dd if="$CASE_DIR/payload" of="$image" bs=512 seek=64 conv=notrunc status=none
 	sum=$(od -An -v -tu4 -w4 "$CASE_DIR/payload" | awk '{s = (s + $1) % 4294967296} END {printf "%.0f", s}')
 	want=$(printf '%08x' "$sum")
-	daemon_single "$CASE_DIR" --namespace "file,path=$image"
+	daemon_single "$CASE_DIR" --namespace "file,path=$image,block-size=512"
 	nvme_device "$NVME_SOCKET" "bootindex=0"
 	vm_start --out "$CASE_DIR/vm" --kernel none --smp 1 --mem 256M --memory memfd -- "${DEVICE[@]}" "$@"
 	vm_wait_line '^boot: (disk|read|write|what).*' 60 || {

@@ -3,10 +3,10 @@
 # On each kernel: file system, trims, the driver's life, nvme-cli.
 
 matrix_case() {
-	local kernel=$1 cpus=$2 kind=$3 options
-	shift 3
+	local kernel=$1 cpus=$2 kind=$3 lba=$4 options
+	shift 4
 	mapfile -t options < <(doorbells "$kind")
-	daemon_single "$CASE_DIR" --namespace memory,size=512M "${options[@]}"
+	daemon_single "$CASE_DIR" --namespace "memory,size=512M,block-size=$lba" "${options[@]}"
 	nvme_device "$NVME_SOCKET"
 	guest_run vm --kernel "$kernel" --smp "$cpus" --timeout 240 -- "${DEVICE[@]}" -- "$@" ./dmesg-clean.sh
 	_doorbells_as_wanted "$kind"
@@ -28,13 +28,13 @@ _note_oacs='echo $(($(nvme id-ctrl /dev/nvme0 -o json | jq .oacs) >> 8 & 1)) >/r
 for _kernel in "${GUEST_SERIES[@]}"; do
 	for _cpus in 2 1; do
 		for _kind in shadow mmio; do
-			test_case --limit 250 "verify-$_kernel-${_cpus}cpu-$_kind" matrix_case "$_kernel" "$_cpus" "$_kind" "$_note_oacs" ./fio-verify.sh
+			test_case --limit 250 "verify-$_kernel-${_cpus}cpu-$_kind" matrix_case "$_kernel" "$_cpus" "$_kind" 512 "$_note_oacs" ./fio-verify.sh
 		done
 	done
 	# each kernel with both kinds, in turn
 	case $_kernel in 6.12) _a=mmio _b=shadow ;; *) _a=shadow _b=mmio ;; esac
-	test_case --limit 250 "storage-$_kernel-$_a" matrix_case "$_kernel" 2 "$_a" "$_note_oacs" ./filesystem.sh ./discard.sh
-	test_case --limit 250 "driver-$_kernel-$_a" matrix_case "$_kernel" 2 "$_a" "$_note_oacs" ./driver.sh
-	test_case --limit 250 "nvme-cli-$_kernel-$_b" matrix_case "$_kernel" 1 "$_b" "$_note_oacs" ./nvme-cli.sh
+	test_case --limit 250 "storage-$_kernel-$_a" matrix_case "$_kernel" 2 "$_a" 4096 "$_note_oacs" ./filesystem.sh ./discard.sh
+	test_case --limit 250 "driver-$_kernel-$_a" matrix_case "$_kernel" 2 "$_a" 4096 "$_note_oacs" ./driver.sh
+	test_case --limit 250 "nvme-cli-$_kernel-$_b" matrix_case "$_kernel" 1 "$_b" 512 "$_note_oacs" ./nvme-cli.sh
 done
-test_case --limit 250 driver-6.12-shadow matrix_case 6.12 2 shadow "$_note_oacs" ./driver.sh
+test_case --limit 250 driver-6.12-shadow matrix_case 6.12 2 shadow 512 "$_note_oacs" ./driver.sh
