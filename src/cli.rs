@@ -61,7 +61,10 @@ Examples:
 
 #[derive(Debug, Parser)]
 #[command(name = "vhost-user-nvme", version, about = ABOUT, long_about = LONG_ABOUT, after_long_help = AFTER_HELP)]
-#[command(after_help = "See --help for namespaces and examples.", disable_help_subcommand = true)]
+#[command(
+    after_help = "See --help for namespaces and examples.",
+    disable_help_subcommand = true
+)]
 struct Args {
     /// Listen for front-ends on this socket
     #[arg(long, value_name = "PATH", value_hint = ValueHint::AnyPath, help_heading = "One controller")]

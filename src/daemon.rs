@@ -75,7 +75,10 @@ fn start(config: &Config) -> Result<Daemon, BoxError> {
     for spec in &config.controllers {
         for namespace in &spec.namespaces {
             let store = stores::open(namespace).map_err(|e| {
-                format!("controller '{}': namespace {}: {e}", spec.name, namespace.nsid)
+                format!(
+                    "controller '{}': namespace {}: {e}",
+                    spec.name, namespace.nsid
+                )
             })?;
             tracing::info!(
                 controller = spec.name,
@@ -108,7 +111,9 @@ fn start(config: &Config) -> Result<Daemon, BoxError> {
     for ((file, endpoint), controller) in endpoints.into_iter().zip(&controllers) {
         let wake = events.waker()?;
         let controller = Arc::clone(controller);
-        servers.push(Server::start(endpoint, file, controller, move || wake.wake())?);
+        servers.push(Server::start(endpoint, file, controller, move || {
+            wake.wake()
+        })?);
     }
     announce(config);
     Ok(Daemon {

@@ -99,7 +99,10 @@ for cns in 0 1 2 3 5 6 7 8 0x1c; do
 	wanted "cns-$cns" || continue
 	id=$NSID
 	case $cns in 1 | 6 | 0x1c) id=0 ;; 2 | 7) id=0 ;; esac
-	if admin -o 6 -n "$id" --cdw10=$cns --cdw11=0 -l 4096 -r -b >$tmp/identify 2>$tmp/err && (($(wc -c <$tmp/identify) == 4096)); then
+	# CNTID FFFFh in the upper half: the controller that is asked.
+	cdw10=$cns
+	if [[ $cns == 0x1c ]]; then cdw10=0xffff001c; fi
+	if admin -o 6 -n "$id" --cdw10="$cdw10" --cdw11=0 -l 4096 -r -b >$tmp/identify 2>$tmp/err && (($(wc -c <$tmp/identify) == 4096)); then
 		pass "cns-$cns"
 	else
 		fail "cns-$cns" "$(tail -n 1 $tmp/err)"

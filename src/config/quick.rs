@@ -5,7 +5,8 @@ use toml::Spanned;
 use super::raw::{Huge, Namespace};
 use super::size;
 
-const KEYS: &str = "size, path, block-size, read-only, direct, huge-pages, nsid, uuid, nguid, eui64";
+const KEYS: &str =
+    "size, path, block-size, read-only, direct, huge-pages, nsid, uuid, nguid, eui64";
 
 /// Parse the value of one `--namespace`.
 ///

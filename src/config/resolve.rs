@@ -419,7 +419,11 @@ fn namespace(ns: raw::Namespace, index: usize, seed: &str) -> Result<NamespaceSp
     let block_shift = match ns.block_size.map_or(4096, |s| s.0) {
         512 => 9,
         4096 => 12,
-        other => return Err(fail(format!("block-size is {other}; it can be 512 or 4096"))),
+        other => {
+            return Err(fail(format!(
+                "block-size is {other}; it can be 512 or 4096"
+            )));
+        }
     };
     let (store, id) = store(&ns, block_shift).map_err(fail)?;
     if let Some(zone) = &ns.danger_zone
@@ -459,7 +463,9 @@ fn namespace(ns: raw::Namespace, index: usize, seed: &str) -> Result<NamespaceSp
 fn store(ns: &raw::Namespace, block_shift: u32) -> Result<(StoreSpec, String), String> {
     let only = |key: &str, given: bool, kind: &str| {
         if given {
-            Err(format!("'{key}' means nothing for a {kind} namespace; remove it"))
+            Err(format!(
+                "'{key}' means nothing for a {kind} namespace; remove it"
+            ))
         } else {
             Ok(())
         }

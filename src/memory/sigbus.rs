@@ -238,16 +238,7 @@ mod tests {
             ftruncate(&file, LEN as u64).unwrap();
             let flags = ProtFlags::READ | ProtFlags::WRITE;
             // SAFETY: a new mapping at an address of the kernel's choice.
-            let at = unsafe {
-                mmap(
-                    std::ptr::null_mut(),
-                    LEN,
-                    flags,
-                    MapFlags::SHARED,
-                    &file,
-                    0,
-                )
-            };
+            let at = unsafe { mmap(std::ptr::null_mut(), LEN, flags, MapFlags::SHARED, &file, 0) };
             (file, at.unwrap().cast::<u8>())
         };
         let wake = Arc::new(eventfd(0, EventfdFlags::NONBLOCK).unwrap());

@@ -1,8 +1,8 @@
 //! The back-end channel: `SHMEM_MAP` and `SHMEM_UNMAP` to the front-end, from a thread that serves nothing else.
 
 use std::io;
-use std::mem::MaybeUninit;
 use std::io::IoSliceMut;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};

@@ -12,10 +12,10 @@ use rustix::net::{RecvFlags, SendFlags, recv, send};
 use vhost::vhost_user::message::FrontendReq;
 use vhost::vhost_user::{BackendReqHandler, Error};
 
+use super::Failure;
 use super::channel::Channel;
 use super::device::Device;
 use super::message::{Message, ReadError, Reader};
-use super::Failure;
 use crate::controller::{Controller, DRAIN_LIMIT};
 
 /// How a connection ended.

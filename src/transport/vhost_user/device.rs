@@ -115,7 +115,10 @@ impl Device {
         if index < u32::from(queues) {
             Ok(index as usize)
         } else {
-            refuse(format!("there is no vring {index}, only 0 to {}", queues - 1))
+            refuse(format!(
+                "there is no vring {index}, only 0 to {}",
+                queues - 1
+            ))
         }
     }
 
@@ -135,7 +138,8 @@ impl Device {
     /// Make `memory` the guest's memory.
     fn use_memory(&self, memory: Vec<Mapped>) -> Result<()> {
         let regions = memory.iter().map(|m| Arc::clone(&m.region)).collect();
-        let map = GuestMap::new(regions).map_err(|e| Error::ReqHandlerError(io::Error::other(e)))?;
+        let map =
+            GuestMap::new(regions).map_err(|e| Error::ReqHandlerError(io::Error::other(e)))?;
         // The old mappings stay until the controller has let go of them.
         let old = std::mem::replace(&mut self.state().memory, memory);
         let done = self.controller.set_memory(map, DRAIN_LIMIT);

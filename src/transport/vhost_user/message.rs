@@ -188,7 +188,9 @@ impl Reader {
         if result.flags.contains(ReturnFlags::CTRUNC) || self.files.len() > MAX_FILES {
             return Err(ReadError::Bad {
                 name: self.partial_name(),
-                why: format!("it carries more files than a message can, or than this process has room for ({MAX_FILES} at most)"),
+                why: format!(
+                    "it carries more files than a message can, or than this process has room for ({MAX_FILES} at most)"
+                ),
             });
         }
         if got == 0 {
@@ -243,7 +245,10 @@ mod tests {
         assert_eq!((got.bytes.as_slice(), got.files.len()), (&message[..], 2));
         assert_eq!(got.name(), "SET_VRING_CALL");
         let next = reader.read(&b).unwrap().unwrap();
-        assert_eq!((next.name().as_str(), next.files.len()), ("GET_FEATURES", 0));
+        assert_eq!(
+            (next.name().as_str(), next.files.len()),
+            ("GET_FEATURES", 0)
+        );
         // The message carried a copy of the other end.
         drop((a, got));
         assert!(matches!(reader.read(&b), Err(ReadError::Closed)));
@@ -252,13 +257,34 @@ mod tests {
     #[test]
     fn what_is_no_message_is_named() {
         for (bytes, why) in [
-            (header(0, 1, 0), "a message with the unknown code 0: vhost-user knows no such message"),
-            (header(9999, 1, 0), "a message with the unknown code 9999: vhost-user knows no such message"),
-            (header(1, 2, 0), "GET_FEATURES: its flags are 0x2, not those of a request of version 1"),
-            (header(1, 5, 0), "GET_FEATURES: its flags are 0x5, not those of a request of version 1"),
-            (header(24, 1, u32::MAX), "GET_CONFIG: its body is said to have 4294967295 bytes"),
-            (header(24, 1, 100), "the front-end went away in the middle of GET_CONFIG"),
-            (vec![1, 2], "the front-end went away in the middle of a message"),
+            (
+                header(0, 1, 0),
+                "a message with the unknown code 0: vhost-user knows no such message",
+            ),
+            (
+                header(9999, 1, 0),
+                "a message with the unknown code 9999: vhost-user knows no such message",
+            ),
+            (
+                header(1, 2, 0),
+                "GET_FEATURES: its flags are 0x2, not those of a request of version 1",
+            ),
+            (
+                header(1, 5, 0),
+                "GET_FEATURES: its flags are 0x5, not those of a request of version 1",
+            ),
+            (
+                header(24, 1, u32::MAX),
+                "GET_CONFIG: its body is said to have 4294967295 bytes",
+            ),
+            (
+                header(24, 1, 100),
+                "the front-end went away in the middle of GET_CONFIG",
+            ),
+            (
+                vec![1, 2],
+                "the front-end went away in the middle of a message",
+            ),
         ] {
             let (a, b) = UnixStream::pair().unwrap();
             send_all(&a, &bytes, &[]).unwrap();

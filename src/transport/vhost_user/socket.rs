@@ -140,7 +140,8 @@ impl SocketFile {
         group: Option<u32>,
     ) -> Result<(Self, Endpoint), SocketError> {
         Self::check(path)?;
-        let failed = |e| SocketError::io(format!("the socket {} cannot be made", path.display()), e);
+        let failed =
+            |e| SocketError::io(format!("the socket {} cannot be made", path.display()), e);
         if path.symlink_metadata().is_ok() {
             std::fs::remove_file(path).map_err(failed)?;
         }
@@ -177,7 +178,9 @@ impl Endpoint {
     pub fn inherited(number: RawFd) -> Result<Self, SocketError> {
         let bad = |hint: &str| SocketError::new(format!("file descriptor {number} (--fd)"), hint);
         if number < 3 {
-            return Err(bad("is one of stdin, stdout and stderr; pass a socket as 3 or above"));
+            return Err(bad(
+                "is one of stdin, stdout and stderr; pass a socket as 3 or above",
+            ));
         }
         if !Path::new(&format!("/proc/self/fd/{number}")).exists()
             && std::fs::symlink_metadata(format!("/proc/self/fd/{number}")).is_err()
@@ -212,7 +215,10 @@ mod tests {
         let (file, endpoint) = SocketFile::listen(&path, Some(0o600), None).unwrap();
         let mode = std::fs::metadata(&path).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
-        let e = SocketFile::listen(&path, None, None).err().unwrap().to_string();
+        let e = SocketFile::listen(&path, None, None)
+            .err()
+            .unwrap()
+            .to_string();
         assert!(e.contains("is in use: a process listens there"), "{e}");
         drop(file);
         assert!(!path.exists());
