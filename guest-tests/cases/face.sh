@@ -22,9 +22,9 @@ refusals_case() {
 	_refuses 'bytes|size' --socket-path "$s" --namespace memory,size=0
 	_refuses 'size|large|memory' --socket-path "$s" --namespace memory,size=99999P
 	_refuses 'block-size' --socket-path "$s" --namespace memory,size=1G,block-size=513
-	_refuses 'No such file' --socket-path "$s" --namespace "file,path=$CASE_DIR/none.img"
+	_refuses 'no file' --socket-path "$s" --namespace "file,path=$CASE_DIR/none.img"
 	_refuses 'bogus' --socket-path "$s" --namespace memory,size=1G,bogus=1
-	_refuses 'No such file|directory' --socket-path "$CASE_DIR/none/s" --namespace memory,size=1M
+	_refuses 'directory|No such file|folder' --socket-path "$CASE_DIR/none/s" --namespace memory,size=1M
 	_refuses '9999' --socket-path "$s" --namespace memory,size=1M --cores 9999
 	printf '[[controller]]\nsocket-path = "%s"\nnamespaze = 1\n' "$s" >"$CASE_DIR/bad.toml"
 	_refuses 'namespaze|line 3|:3' --config "$CASE_DIR/bad.toml"

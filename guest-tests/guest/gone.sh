@@ -20,9 +20,17 @@ elif wait $fio; then
 else
 	pass "io (errors after $((SECONDS - start)) s)"
 fi
+# The driver keeps a dead disk of no size until its function is taken away.
 end=$((SECONDS + 20))
-while [[ -e $NS_DEV ]] && ((SECONDS < end)); do sleep 0.2; done
-if [[ -e $NS_DEV ]]; then fail disk "$NS_DEV is still there"; else pass disk; fi
+alive() { [[ -e $NS_DEV && $(cat "/sys/class/nvme/$CTRL/state" 2>/dev/null) == live ]]; }
+while alive && ((SECONDS < end)); do sleep 0.2; done
+if alive; then
+	fail disk "the driver still holds it for live"
+elif dd if="$NS_DEV" of=/dev/null bs=4096 count=1 iflag=direct 2>/dev/null && [[ $(blockdev --getsize64 "$NS_DEV" 2>/dev/null) != 0 ]]; then
+	fail disk "it can still be read"
+else
+	pass disk
+fi
 # life goes on: processes, memory, timers
 if [[ $(seq 1 2000 | md5sum) == "$(seq 1 2000 | md5sum)" ]] && dd if=/dev/zero of=/tmp/life bs=1M count=16 2>/dev/null && sleep 0.2; then
 	pass life

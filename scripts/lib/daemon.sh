@@ -5,7 +5,7 @@
 #   daemon_single DIR ARG...      the same with --socket-path DIR/nvme.sock: NVME_SOCKET
 #   daemon_stop                   SIGTERM; status 1 if it does not end by itself with status 0 within 10 s
 #   daemon_runs                   status 0 while it runs
-#   process_ticks PID             CPU time so far, in clock ticks of 1/100 s
+#   process_cpu_us PID            CPU time of all its threads so far, in microseconds
 #   process_own_memory PID        resident KiB that are not shared memory of 1 MiB and more (the guest's, a namespace's)
 #   socket_listens PATH           status 0 when somebody listens
 # shellcheck disable=SC2034 # the results are for the scripts that source this
@@ -84,8 +84,8 @@ _daemon_end() {
 	wait "$1" 2>/dev/null || true
 }
 
-# utime + stime: fields 14 and 15, counted behind the name, which may hold anything
-process_ticks() { sed 's/^.*) //' "/proc/$1/stat" | awk '{print $12 + $13}'; }
+# From the scheduler, in nanoseconds: the clock ticks of /proc/PID/stat are too coarse for what sleeps.
+process_cpu_us() { awk '{sum += $1} END {printf "%d\n", sum / 1000}' /proc/"$1"/task/*/schedstat; }
 
 # What is counted apart: mappings of shared files (memfd, hugetlbfs, /dev/shm) of 1 MiB and more. Those are guests' memory
 # and memory namespaces; doorbell windows, rings and everything private stay in the sum.
