@@ -10,7 +10,7 @@ mod mailbox;
 pub mod message;
 mod run;
 mod served;
-mod sleep;
+pub(crate) mod sleep;
 mod slot;
 mod sq;
 pub mod stats;

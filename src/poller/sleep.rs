@@ -1,4 +1,4 @@
-//! Where a poller sleeps: one epoll set of everything that may wake it.
+//! Where a poller (and a controller's thread) sleeps: one epoll set of everything that may wake it.
 //!
 //! All eventfds are edge-triggered and never read: every write wakes, and no descriptor that a front-end gave us can block
 //! us.
@@ -13,7 +13,7 @@ use rustix::event::Timespec;
 use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
 
 /// An epoll set that holds a descriptor as often as it was added.
-pub(super) struct Bed {
+pub(crate) struct Bed {
     set: OwnedFd,
     held: HashMap<RawFd, u32>,
 }
