@@ -1,15 +1,13 @@
 //! The thread of a controller: it owns all state that is not registers, and never blocks on anybody.
 //!
-//! One [`Actor::turn`] looks at everything: CC, the mail, reports, the admin queue. Between turns it sleeps on its eventfd
-//! and on the admin queue's kick. What needs a poller is sent, noted in [`Pending`], and ended when the answer comes.
+//! One [`Actor::turn`] looks at everything: CC, the mail, reports, the admin queue. Between turns it sleeps until
+//! its eventfd or the admin queue's kick is written. What needs a poller is sent, noted in [`Pending`], and ended when the answer comes.
 
 use std::fs::File;
-use std::os::fd::AsFd as _;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use nvme_spec::event::AsyncEvent;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::admin::events::Events;
 use super::admin::features::Features;
@@ -27,14 +25,11 @@ use super::throttle::Throttle;
 use super::{DRAIN_LIMIT, FrontEnd};
 use crate::backend::Backend;
 use crate::memory::{DoorbellWindow, GuestMap};
+use crate::poller::sleep::Bed;
 use crate::poller::{
     ControlSink, ControllerKey, DoorbellMode, Message, Namespace, PollerEvent, PollerHandle,
     ShadowConfig, Vector,
 };
-
-/// Looks at mapped admin doorbells, should a poller miss one, and at a full admin completion queue.
-const MAPPED_LOOK: Duration = Duration::from_millis(50);
-const FULL_LOOK: Duration = Duration::from_millis(5);
 
 /// Messages handled in a turn before the admin queue has its say.
 const MAIL_BATCH: usize = 256;
@@ -70,6 +65,8 @@ pub(super) struct Parts {
     pub(super) namespaces: Arc<[Namespace]>,
     /// Stores that must be flushed when the guest shuts down.
     pub(super) volatile: Vec<Arc<Backend>>,
+    /// Where it sleeps; empty.
+    pub(super) bed: Bed,
 }
 
 /// The state of the control plane.
@@ -102,6 +99,7 @@ pub(super) struct Actor {
     pub(super) changed: Vec<u32>,
     pub(super) pending: Pending,
     pub(super) throttle: Throttle,
+    bed: Bed,
     stop: bool,
 }
 
@@ -129,6 +127,7 @@ impl Actor {
             changed: Vec::new(),
             pending: Pending::default(),
             throttle: Throttle::new(),
+            bed: parts.bed,
             stop: false,
             shared: parts.shared,
             outbox: parts.outbox,
@@ -141,6 +140,11 @@ impl Actor {
 
     /// Run until told to stop.
     pub(super) fn run(mut self) {
+        if let Err(error) = self.bed.add_edge(self.shared.inbox.fd()) {
+            let controller = self.shared.info.name.as_str();
+            tracing::error!(controller, "cannot wait for its eventfd: {error}");
+            return;
+        }
         loop {
             let more = self.turn();
             if self.stop {
@@ -167,7 +171,6 @@ impl Actor {
     pub(super) fn turn(&mut self) -> bool {
         let shared = Arc::clone(&self.shared);
         shared.inbox.awake();
-        self.read_kick();
         let mut more = false;
         for n in 0.. {
             match self.outbox.mail.try_recv() {
@@ -187,7 +190,6 @@ impl Actor {
         self.collect_failures();
         self.advance();
         self.switch_doorbells();
-        shared.inbox.take_rung();
         more |= self.serve_admin();
         self.warn_of_slow_drain();
         more
@@ -215,7 +217,7 @@ impl Actor {
                     self.tell_doorbells();
                 }
             }
-            Mail::Reply(reply) => self.answered(reply),
+            Mail::Reply(poller, reply) => self.answered(poller, &reply),
             Mail::Stopped(event) => self.queue_stopped(event),
             Mail::NamespaceChanged(nsid) => self.namespace_changed(nsid),
             Mail::Flushed(shutdown) => self.flushed(shutdown),
@@ -289,17 +291,10 @@ impl Actor {
     }
 
     fn set_kick(&mut self, index: usize, kick: Option<File>) {
-        if let Some(kick) = &kick {
-            // We read it when poll says so, but may not be the only reader: never wait in that read.
-            let flags = rustix::fs::fcntl_getfl(kick);
-            let set =
-                flags.and_then(|f| rustix::fs::fcntl_setfl(kick, f | rustix::fs::OFlags::NONBLOCK));
-            if let Err(error) = set {
-                self.complain(&format!("kick {index} is not a usable eventfd: {error}"));
-                return;
-            }
-        }
         let kick = kick.map(Arc::new);
+        if index == 0 {
+            self.wait_for_kick(kick.as_deref());
+        }
         let Some(slot) = self.kicks.get_mut(index) else {
             return;
         };
@@ -312,10 +307,25 @@ impl Actor {
         }
     }
 
-    fn read_kick(&self) {
-        if let Some(Some(kick)) = self.kicks.first() {
-            let _ = rustix::io::read(kick, &mut [0u8; 8]);
+    /// Be woken by this kick of the admin queue, and not by the one before. It is never read: the other end of it is the
+    /// front-end's, which could read first and let us wait.
+    fn wait_for_kick(&mut self, kick: Option<&File>) {
+        if let Some(Some(old)) = self.kicks.first() {
+            self.bed.remove(old);
         }
+        if let Some(kick) = kick
+            && let Err(error) = self.bed.add_edge(kick)
+        {
+            self.complain(&format!(
+                "the admin queue's kick cannot be waited for: {error}"
+            ));
+        }
+    }
+
+    /// Forget all kicks.
+    pub(super) fn forget_kicks(&mut self) {
+        self.wait_for_kick(None);
+        self.kicks.fill(None);
     }
 
     fn switch_doorbells(&mut self) {
@@ -381,42 +391,9 @@ impl Actor {
 
     /// Wait for news.
     fn sleep(&mut self) {
-        let now = Instant::now();
-        let mut limit = None;
-        let mut at_most = |d: Duration| limit = Some(limit.map_or(d, |l: Duration| l.min(d)));
-        if self.phase == Phase::Ready {
-            at_most(self.health.sample(&self.shared.info, now));
-            if self.switch.mode() == DoorbellMode::Mapped {
-                at_most(MAPPED_LOOK);
-            }
-            if self.admin.as_ref().is_some_and(AdminQueue::is_blocked) {
-                at_most(FULL_LOOK);
-            }
-        }
-        if self.drain.is_some() {
-            at_most(DRAIN_LIMIT);
-        }
-        let timeout = limit.map(|d| Timespec {
-            tv_sec: i64::try_from(d.as_secs()).unwrap_or(i64::MAX),
-            tv_nsec: d.subsec_nanos().into(),
-        });
-        let wake = self.shared.inbox.fd();
-        let kick = self.kicks.first().and_then(|kick| kick.as_deref());
-        let result = match kick {
-            None => poll(&mut [PollFd::new(&wake, PollFlags::IN)], timeout.as_ref()),
-            Some(kick) => {
-                let kick = kick.as_fd();
-                let mut fds = [
-                    PollFd::new(&wake, PollFlags::IN),
-                    PollFd::new(&kick, PollFlags::IN),
-                ];
-                poll(&mut fds, timeout.as_ref())
-            }
-        };
-        match result {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            // Cannot happen with fds we own; if it does, do not spin.
-            Err(_) => std::thread::sleep(FULL_LOOK),
-        }
+        let sample = (self.phase == Phase::Ready)
+            .then(|| self.health.sample(&self.shared.info, Instant::now()));
+        let warn = self.drain.is_some().then_some(DRAIN_LIMIT);
+        self.bed.sleep(sample.into_iter().chain(warn).min());
     }
 }

@@ -231,10 +231,12 @@ pub(super) mod tests {
         }
     }
 
+    type Change = fn(&mut Info);
+
     #[test]
     fn what_is_wrong_is_named() {
         assert_eq!(sample().fault(), None);
-        let cases: [(fn(&mut Info), &str); 15] = [
+        let cases: [(Change, &str); 15] = [
             (|i| i.serial.clear(), "serial number"),
             (|i| i.serial = "x".repeat(21), "serial number"),
             (|i| i.model = "tab\t".into(), "model number"),

@@ -155,7 +155,9 @@ impl Actor {
             self.finish_drain();
             return;
         }
-        let token = self.pending.begin(pollers.len(), Work::Drain);
+        // A poller that resets stops watching.
+        self.watcher = None;
+        let token = self.pending.begin(pollers.clone(), Work::Drain);
         for poller in pollers {
             let key = self.key;
             let message = match detach {
@@ -210,7 +212,7 @@ impl Actor {
         self.shared.registers.reset();
         self.front = None;
         self.map = GuestMap::empty();
-        self.kicks.fill(None);
+        self.forget_kicks();
         self.switch.reset();
         self.start_drain(true, Some(done));
     }
@@ -218,6 +220,8 @@ impl Actor {
     /// Reset from outside: the registers too.
     pub(super) fn reset_from_outside(&mut self, done: Sender<()>) {
         self.shared.registers.reset();
+        // The front-end traps doorbells after this: say so, and let pollers ask anew.
+        self.switch.forget_wants();
         self.start_drain(false, Some(done));
     }
 
@@ -242,7 +246,7 @@ impl Actor {
         }
         let token = self
             .pending
-            .begin(pollers.len(), Work::Memory { _done: done });
+            .begin(pollers.clone(), Work::Memory { _done: done });
         for poller in pollers {
             let (key, map) = (self.key, Arc::clone(&map));
             self.tell(poller, Message::SetMemory { token, key, map });

@@ -32,6 +32,7 @@ use crossbeam_channel::{RecvTimeoutError, Sender};
 
 use crate::backend::Backend;
 use crate::memory::{DoorbellWindow, GuestMap};
+use crate::poller::sleep::Bed;
 use crate::poller::{ControllerKey, DoorbellMode, Namespace, PollerPool};
 use actor::{Actor, Parts, Port, Shared};
 use inbox::{Inbox, Mail};
@@ -142,6 +143,7 @@ impl Controller {
         let shared = Shared::new(info, handles.len())
             .map_err(|e| fail("its doorbells or its eventfd cannot be made", Some(e)))?;
         let (shared, outbox) = shared;
+        let bed = Bed::new().map_err(|e| fail("it has nowhere to sleep", Some(e)))?;
         let mut namespaces: Vec<_> = config.namespaces.iter().collect();
         namespaces.sort_by_key(|ns| ns.nsid);
         let volatile = namespaces
@@ -168,6 +170,7 @@ impl Controller {
                 .collect(),
             namespaces,
             volatile,
+            bed,
         });
         let thread = std::thread::Builder::new()
             .name("nvme-control".into())

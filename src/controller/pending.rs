@@ -42,9 +42,12 @@ pub(super) enum AdminKind {
     Shadow,
 }
 
+/// Work that has come to its end, and what came of it.
+pub(super) type Ended = (Work, Result<bool, Status>);
+
 struct Entry {
-    /// Answers to come.
-    left: usize,
+    /// The pollers that have not answered.
+    left: Vec<usize>,
     failed: Option<Status>,
     /// All answers were `Ok(true)`.
     yes: bool,
@@ -60,11 +63,11 @@ pub(super) struct Pending {
 }
 
 impl Pending {
-    /// A token for messages to `left` pollers (at least 1). Each answers once.
-    pub(super) fn begin(&mut self, left: usize, work: Work) -> u64 {
+    /// A token for one message to each of `pollers` (at least one). Each answers once.
+    pub(super) fn begin(&mut self, pollers: Vec<usize>, work: Work) -> u64 {
         let token = self.unanswered();
         let entry = Entry {
-            left,
+            left: pollers,
             failed: None,
             yes: true,
             work,
@@ -80,18 +83,33 @@ impl Pending {
     }
 
     /// An answer. When it is the last one for its token: the work, and what came of it.
-    pub(super) fn answer(&mut self, reply: &Reply) -> Option<(Work, Result<bool, Status>)> {
+    pub(super) fn answer(&mut self, poller: usize, reply: &Reply) -> Option<Ended> {
         let entry = self.entries.get_mut(&reply.token)?;
+        let at = entry.left.iter().position(|left| *left == poller)?;
+        entry.left.swap_remove(at);
         match reply.result {
             Ok(yes) => entry.yes &= yes,
             Err(status) => entry.failed = entry.failed.or(Some(status)),
         }
-        entry.left = entry.left.saturating_sub(1);
-        if entry.left > 0 {
+        if !entry.left.is_empty() {
             return None;
         }
         let entry = self.entries.remove(&reply.token)?;
         Some((entry.work, entry.failed.map_or(Ok(entry.yes), Err)))
+    }
+
+    /// A poller will not answer any more: what that ends.
+    pub(super) fn lost(&mut self, poller: usize) -> Vec<Ended> {
+        let waiting = self
+            .entries
+            .iter()
+            .filter(|(_, e)| e.left.contains(&poller));
+        let tokens: Vec<_> = waiting.map(|(token, _)| *token).collect();
+        let result = Err(Status::INTERNAL_ERROR);
+        tokens
+            .into_iter()
+            .filter_map(|token| self.answer(poller, &Reply { token, result }))
+            .collect()
     }
 
     /// Forget the admin commands: their queue is gone.
@@ -130,31 +148,47 @@ mod tests {
     #[test]
     fn the_last_of_several_answers_ends_the_work() {
         let mut p = Pending::default();
-        let token = p.begin(3, Work::Drain);
-        assert!(p.answer(&reply(token, Ok(true))).is_none());
-        assert!(p.answer(&reply(token + 1, Ok(true))).is_none(), "unknown");
+        let token = p.begin(vec![0, 1, 2], Work::Drain);
+        assert!(p.answer(0, &reply(token, Ok(true))).is_none());
         assert!(
-            p.answer(&reply(token, Err(Status::INTERNAL_ERROR)))
-                .is_none()
+            p.answer(1, &reply(token + 1, Ok(true))).is_none(),
+            "unknown"
         );
-        let (work, result) = p.answer(&reply(token, Ok(true))).unwrap();
+        assert!(p.answer(0, &reply(token, Ok(true))).is_none(), "again");
+        let failed = reply(token, Err(Status::ABORT_REQUESTED));
+        assert!(p.answer(2, &failed).is_none());
+        let (work, result) = p.answer(1, &reply(token, Ok(true))).unwrap();
         assert!(matches!(work, Work::Drain));
-        assert_eq!(result, Err(Status::INTERNAL_ERROR));
-        assert!(p.answer(&reply(token, Ok(true))).is_none(), "once");
-        let token = p.begin(1, Work::Nothing);
-        assert_eq!(p.answer(&reply(token, Ok(false))).unwrap().1, Ok(false));
+        assert_eq!(result, Err(Status::ABORT_REQUESTED));
+        assert!(p.answer(1, &reply(token, Ok(true))).is_none(), "once");
+        let token = p.begin(vec![0], Work::Nothing);
+        assert_eq!(p.answer(0, &reply(token, Ok(false))).unwrap().1, Ok(false));
         assert_eq!(p.len(), 0);
+    }
+
+    #[test]
+    fn a_poller_that_is_lost_holds_up_nothing() {
+        let mut p = Pending::default();
+        let both = p.begin(vec![0, 1], Work::Drain);
+        let one = p.begin(vec![1], Work::Nothing);
+        let ended = p.lost(1);
+        assert!(matches!(
+            ended[..],
+            [(Work::Nothing, Err(Status::INTERNAL_ERROR))]
+        ));
+        assert!(p.answer(1, &reply(one, Ok(true))).is_none());
+        assert!(p.answer(0, &reply(both, Ok(true))).is_some());
     }
 
     #[test]
     fn admin_commands_are_forgotten_and_others_are_not() {
         let mut p = Pending::default();
         let kind = AdminKind::Abort;
-        let token = p.begin(1, Work::Admin(AdminWork { cid: 4, kind }));
-        let drain = p.begin(1, Work::Drain);
+        let token = p.begin(vec![0], Work::Admin(AdminWork { cid: 4, kind }));
+        let drain = p.begin(vec![0], Work::Drain);
         assert_eq!(p.aborts(), 1);
         p.forget_admin();
-        assert!(p.answer(&reply(token, Ok(true))).is_none());
-        assert!(p.answer(&reply(drain, Ok(true))).is_some());
+        assert!(p.answer(0, &reply(token, Ok(true))).is_none());
+        assert!(p.answer(0, &reply(drain, Ok(true))).is_some());
     }
 }

@@ -111,20 +111,6 @@ impl Queues {
             .cloned()
             .unwrap_or_default()
     }
-
-    /// Identifiers of the queues that exist: submission, completion.
-    pub(super) fn live(&self) -> (Vec<u16>, Vec<u16>) {
-        let ids = |taken: Vec<bool>| {
-            (0u16..)
-                .zip(taken)
-                .filter_map(|(qid, yes)| yes.then_some(qid))
-                .collect()
-        };
-        (
-            ids(self.sqs.iter().map(Option::is_some).collect()),
-            ids(self.cqs.iter().map(Option::is_some).collect()),
-        )
-    }
 }
 
 #[cfg(test)]
@@ -147,7 +133,6 @@ mod tests {
         assert!(q.is_used(1) && !q.is_used(2) && !q.is_empty());
         assert_eq!(q.loads(2), [0, 2]);
         assert_eq!((q.poller_of_kick(2), q.poller_of_kick(1)), (Some(1), None));
-        assert_eq!(q.live(), (vec![2], vec![1]));
         q.clear();
         assert!(q.is_empty());
     }

@@ -151,7 +151,7 @@ fn controller(info: &Info) -> IdentifyController {
             .with_verify(true),
         vwc: Vwc::new()
             .with_present(info.volatile_write_cache())
-            .with_flush(FlushBehavior::BROADCAST_NOT_SUPPORTED),
+            .with_flush(FlushBehavior::BROADCAST_SUPPORTED),
         subnqn: utf8(&info.subnqn),
         ..IdentifyController::default()
     };
@@ -259,7 +259,8 @@ mod tests {
         assert_eq!((c.acl_z, c.aerl_z, c.elpe_z), (3, 3, 63));
         // Compare, DSM, Write Zeroes, save and select, Timestamp, Verify.
         assert_eq!(c.oncs.into_bits(), 0b1101_1101);
-        assert!(c.vwc.present() && c.oacs.doorbell_buffer_config());
+        assert_eq!(c.vwc.into_bits(), 0b111);
+        assert!(c.oacs.doorbell_buffer_config());
         assert_eq!(c.oacs.into_bits(), 1 << 8);
         assert_eq!((c.fuses.into_bits(), c.sgls.into_bits()), (0, 0));
         assert_eq!(c.cntrltype, ControllerType::IO);

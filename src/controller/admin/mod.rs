@@ -257,7 +257,7 @@ impl Actor {
             return Err(Status::ABORT_LIMIT_EXCEEDED.into());
         }
         let poller = sq.poller;
-        let token = self.begin(sqe, AdminKind::Abort);
+        let token = self.begin(sqe, poller, AdminKind::Abort);
         let key = self.key;
         let message = Message::Abort {
             token,
@@ -287,27 +287,27 @@ impl Actor {
         Abort::ABORTED
     }
 
-    /// A token for one message of an admin command that waits for its answer.
-    fn begin(&mut self, sqe: &Sqe, kind: AdminKind) -> u64 {
+    /// A token for one message of an admin command that waits for this poller's answer.
+    fn begin(&mut self, sqe: &Sqe, poller: usize, kind: AdminKind) -> u64 {
         let cid = sqe.cid;
-        self.pending.begin(1, Work::Admin(AdminWork { cid, kind }))
+        let work = Work::Admin(AdminWork { cid, kind });
+        self.pending.begin(vec![poller], work)
     }
 
     /// A poller has answered.
-    pub(super) fn answered(&mut self, reply: Reply) {
-        let Some((work, result)) = self.pending.answer(&reply) else {
-            return;
-        };
+    pub(super) fn answered(&mut self, poller: usize, reply: &Reply) {
+        if let Some((work, result)) = self.pending.answer(poller, reply) {
+            self.end(work, result);
+        }
+    }
+
+    fn end(&mut self, work: Work, result: Result<bool, Status>) {
         match work {
             Work::Drain => self.finish_drain(),
             Work::Memory { .. } | Work::Nothing => {}
             Work::Attach(poller) => {
                 if let Err(status) = result {
-                    let name = self.shared.info.name.as_str();
-                    tracing::error!(controller = name, poller, "poller cannot serve: {status}");
-                    if let Some(attached) = self.attached.get_mut(poller) {
-                        *attached = false;
-                    }
+                    self.refused_by(poller, status);
                 }
             }
             Work::Admin(AdminWork { cid, kind }) => {
@@ -322,6 +322,19 @@ impl Actor {
                 };
                 self.complete(cid, dw0, result.map(|_| ()));
             }
+        }
+    }
+
+    /// A poller cannot serve this controller. What was sent to it after that is not answered: end it here.
+    fn refused_by(&mut self, poller: usize, status: Status) {
+        let controller = self.shared.info.name.as_str();
+        tracing::error!(controller, poller, "poller cannot serve: {status}");
+        if let Some(attached) = self.attached.get_mut(poller) {
+            *attached = false;
+        }
+        self.watcher = self.watcher.filter(|watcher| *watcher != poller);
+        for (work, result) in self.pending.lost(poller) {
+            self.end(work, result);
         }
     }
 }

@@ -101,6 +101,7 @@ impl AdminQueue {
     }
 
     /// Whether commands wait for room in the completion queue.
+    #[cfg(test)]
     pub(in crate::controller) fn is_blocked(&self) -> bool {
         self.sq_head != self.sq_tail && self.room() == 0
     }

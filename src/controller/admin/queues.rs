@@ -58,7 +58,7 @@ impl Actor {
             vector,
             stats: self.queues.cq_stats(qid),
         };
-        let token = self.begin(sqe, AdminKind::CreateCq(qid));
+        let token = self.begin(sqe, poller, AdminKind::CreateCq(qid));
         let key = self.key;
         self.tell(poller, Message::CreateCq { token, key, cq });
         Ok(Done::Later)
@@ -101,7 +101,7 @@ impl Actor {
             kick: self.kicks.get(usize::from(qid)).cloned().flatten(),
             stats: self.queues.sq_stats(qid),
         };
-        let token = self.begin(sqe, AdminKind::CreateSq(qid));
+        let token = self.begin(sqe, poller, AdminKind::CreateSq(qid));
         let key = self.key;
         self.tell(poller, Message::CreateSq { token, key, sq });
         Ok(Done::Later)
@@ -148,11 +148,11 @@ impl Actor {
             max_transfer: info.max_transfer,
             doorbells: self.doorbell_mode(),
         };
-        let token = self.pending.begin(1, Work::Attach(poller));
+        let token = self.pending.begin(vec![poller], Work::Attach(poller));
         let attachment = Box::new(attachment);
         self.tell(poller, Message::Attach { token, attachment });
         if let Some(shadow) = self.shadow {
-            let token = self.pending.begin(1, Work::Nothing);
+            let token = self.pending.begin(vec![poller], Work::Nothing);
             let key = self.key;
             self.tell(poller, Message::SetShadow { token, key, shadow });
         }
@@ -171,7 +171,7 @@ impl Actor {
         }
         cq.state = State::Deleting;
         let poller = cq.poller;
-        let token = self.begin(sqe, AdminKind::DeleteCq(qid));
+        let token = self.begin(sqe, poller, AdminKind::DeleteCq(qid));
         let key = self.key;
         self.tell(poller, Message::DeleteCq { token, key, qid });
         Ok(Done::Later)
@@ -185,7 +185,7 @@ impl Actor {
         };
         sq.state = State::Deleting;
         let poller = sq.poller;
-        let token = self.begin(sqe, AdminKind::DeleteSq(qid));
+        let token = self.begin(sqe, poller, AdminKind::DeleteSq(qid));
         let key = self.key;
         self.tell(poller, Message::DeleteSq { token, key, qid });
         Ok(Done::Later)

@@ -38,7 +38,7 @@ fn what_cannot_be_enabled_is_fatal_until_it_is_reset() {
         (aqa(15, 15), ASQ + 64, ACQ, ON),
         (aqa(15, 15), ASQ, ACQ + 16, ON),
         (aqa(15, 15), 0, ACQ, ON),
-        (aqa(15, 15), ASQ, u64::MAX & !0xFFF, ON),
+        (aqa(15, 15), ASQ, !0xFFF, ON),
         (aqa(4095, 15), BASE + LEN as u64 - 4096, ACQ, ON),
         (aqa(15, 15), ASQ, ACQ, ON.with_mps(1)),
         (aqa(15, 15), ASQ, ACQ, ON.with_css(CommandSetSelected::ALL)),

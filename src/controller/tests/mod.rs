@@ -5,6 +5,7 @@ mod events;
 mod lifecycle;
 mod random;
 mod switching;
+mod threads;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -21,6 +22,7 @@ use super::inbox::{Inbox, Mail};
 use super::info::{Info, tests::sample};
 use crate::backend::Backend;
 use crate::memory::{GuestMap, Region};
+use crate::poller::sleep::Bed;
 use crate::poller::{ControlSink as _, ControllerKey, Message, Reply};
 
 /// Where the guest has its memory, its admin queues and a page for data.
@@ -133,6 +135,7 @@ impl Rig {
             ports,
             namespaces: Arc::new([]),
             volatile,
+            bed: Bed::new().unwrap(),
         });
         let mut rig = Self {
             actor,
