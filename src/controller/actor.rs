@@ -24,11 +24,12 @@ use super::registers::Registers;
 use super::throttle::Throttle;
 use super::{DRAIN_LIMIT, FrontEnd};
 use crate::backend::Backend;
+use crate::io::Namespace;
 use crate::memory::{DoorbellWindow, GuestMap};
 use crate::poller::sleep::Bed;
 use crate::poller::{
-    ControlSink, ControllerKey, DoorbellMode, Message, Namespace, PollerEvent, PollerHandle,
-    ShadowConfig, Vector,
+    ControlSink, ControllerKey, DoorbellMode, Message, PollerEvent, PollerHandle, ShadowConfig,
+    Vector,
 };
 
 /// Messages handled in a turn before the admin queue has its say.

@@ -31,9 +31,10 @@ use std::time::Duration;
 use crossbeam_channel::{RecvTimeoutError, Sender};
 
 use crate::backend::Backend;
+use crate::io::Namespace;
 use crate::memory::{DoorbellWindow, GuestMap};
 use crate::poller::sleep::Bed;
-use crate::poller::{ControllerKey, DoorbellMode, Namespace, PollerPool};
+use crate::poller::{ControllerKey, DoorbellMode, PollerPool};
 use actor::{Actor, Parts, Port, Shared};
 use inbox::{Inbox, Mail};
 use info::Info;

@@ -3,7 +3,7 @@
 use nvme_spec::{Sqe, Status};
 
 use super::parse::in_range;
-use super::segments::copy_in;
+use super::segments::walk;
 use crate::memory::GuestMap;
 
 /// Most ranges a command can have (NVM Command Set, Dataset Management, NR).
@@ -36,7 +36,16 @@ pub fn read_ranges(
     let mut bytes = [0u8; MAX_RANGES * RANGE_BYTES];
     let count = (count as usize).min(MAX_RANGES);
     let bytes = &mut bytes[..count * RANGE_BYTES];
-    copy_in(map, sqe.prp1, sqe.prp2, bytes)?;
+    let mut done = 0;
+    walk(map, sqe.prp1, sqe.prp2, bytes.len() as u32, |segment| {
+        let end = done + segment.len as usize;
+        let piece = bytes.get_mut(done..end).ok_or(Status::INTERNAL_ERROR)?;
+        done = end;
+        match map.read(segment.addr, piece) {
+            true => Ok(()),
+            false => Err(Status::DATA_TRANSFER_ERROR),
+        }
+    })?;
     out.clear();
     for range in bytes.chunks_exact(RANGE_BYTES) {
         let (Some(blocks), Some(slba)) = (range[4..].first_chunk(), range[8..].first_chunk())

@@ -3,12 +3,14 @@
 //! Nothing here looks at guest memory twice, and nothing here knows queues, slots or threads.
 
 mod deallocate;
+mod namespace;
 mod parse;
 mod segments;
 
 pub use deallocate::{MAX_RANGES, Range, read_ranges};
+pub use namespace::Namespace;
 pub use parse::{Limits, Plan, Refusal, parse};
-pub use segments::{Fill, MAX_SEGMENTS, copy_in, copy_out, resolve};
+pub use segments::{Fill, MAX_SEGMENTS, resolve, walk};
 
 /// Guest memory of `len` bytes at address 0, for tests.
 #[cfg(test)]

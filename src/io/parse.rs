@@ -5,8 +5,8 @@ use nvme_spec::Status;
 use nvme_spec::command::NSID_BROADCAST;
 use nvme_spec::opcode::NvmOpcode;
 
+use super::namespace::Namespace;
 use crate::backend::Operation;
-use crate::poller::Namespace;
 
 /// What holds for all commands of a controller.
 #[derive(Clone, Copy, Debug)]

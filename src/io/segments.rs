@@ -65,78 +65,33 @@ pub fn resolve(
     bytes: u32,
     mut fill: Fill<'_>,
 ) -> Result<usize, Status> {
-    prp::walk(
-        PAGE,
-        prp1,
-        prp2,
-        bytes,
-        &mut Lists(map),
-        &mut |segment: Segment| {
-            let mut at = segment.addr;
-            let mut left = segment.len as usize;
-            while left > 0 {
-                let seg = map.resolve(at, left).ok_or(Status::DATA_TRANSFER_ERROR)?;
-                fill.push(seg)?;
-                left -= seg.len();
-                // The walker checked that the segment does not wrap.
-                at = at.wrapping_add(seg.len() as u64);
-            }
-            Ok(())
-        },
-    )?;
+    walk(map, prp1, prp2, bytes, |segment| {
+        let mut at = segment.addr;
+        let mut left = segment.len as usize;
+        while left > 0 {
+            let seg = map.resolve(at, left).ok_or(Status::DATA_TRANSFER_ERROR)?;
+            fill.push(seg)?;
+            left -= seg.len();
+            // The walker checked that the segment does not wrap.
+            at = at.wrapping_add(seg.len() as u64);
+        }
+        Ok(())
+    })?;
     Ok(fill.used)
 }
 
-/// Copy a command's data into a buffer of ours.
+/// Call `each` for the pieces of guest memory that PRPs describe, in order, `bytes` bytes in all.
 ///
 /// # Errors
 ///
-/// As [`resolve`].
-pub fn copy_in(map: &GuestMap, prp1: u64, prp2: u64, out: &mut [u8]) -> Result<(), Status> {
-    let len = u32::try_from(out.len()).map_err(|_| Status::INVALID_FIELD)?;
-    let mut done = 0usize;
-    prp::walk(
-        PAGE,
-        prp1,
-        prp2,
-        len,
-        &mut Lists(map),
-        &mut |segment: Segment| {
-            let end = done + segment.len as usize;
-            let piece = out.get_mut(done..end).ok_or(Status::INTERNAL_ERROR)?;
-            done = end;
-            if map.read(segment.addr, piece) {
-                Ok(())
-            } else {
-                Err(Status::DATA_TRANSFER_ERROR)
-            }
-        },
-    )
-}
-
-/// Copy a buffer of ours to a command's data.
-///
-/// # Errors
-///
-/// As [`resolve`]; a part may have been written.
-pub fn copy_out(map: &GuestMap, prp1: u64, prp2: u64, data: &[u8]) -> Result<(), Status> {
-    let len = u32::try_from(data.len()).map_err(|_| Status::INVALID_FIELD)?;
-    let mut done = 0usize;
-    prp::walk(
-        PAGE,
-        prp1,
-        prp2,
-        len,
-        &mut Lists(map),
-        &mut |segment: Segment| {
-            let end = done + segment.len as usize;
-            let piece = data.get(done..end).ok_or(Status::INTERNAL_ERROR)?;
-            done = end;
-            if map.write(segment.addr, piece) {
-                Ok(())
-            } else {
-                Err(Status::DATA_TRANSFER_ERROR)
-            }
-        },
-    )
+/// As [`resolve`], and what `each` answers.
+#[inline]
+pub fn walk(
+    map: &GuestMap,
+    prp1: u64,
+    prp2: u64,
+    bytes: u32,
+    mut each: impl FnMut(Segment) -> Result<(), Status>,
+) -> Result<(), Status> {
+    prp::walk(PAGE, prp1, prp2, bytes, &mut Lists(map), &mut each)
 }

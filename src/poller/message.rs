@@ -11,24 +11,12 @@ use nvme_spec::ring::RingSize;
 use rustix::fs::OFlags;
 
 use super::stats::{NamespaceStats, QueueStats};
-use crate::backend::{Backend, Geometry};
+use crate::io::Namespace;
 use crate::memory::{DoorbellWindow, GuestMap};
 
 /// Names a controller among those of a daemon; never used again after the controller has gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ControllerKey(pub u64);
-
-/// A namespace as a poller needs it.
-pub struct Namespace {
-    /// NSID, 1 to 0xFFFFFFFE.
-    pub nsid: u32,
-    /// Where the data is.
-    pub backend: Arc<Backend>,
-    /// `backend.geometry()`, at hand.
-    pub geometry: Geometry,
-    /// Write-protected by configuration, whatever the backend could do.
-    pub read_only: bool,
-}
 
 /// All a poller has to know to serve queues of a controller.
 pub struct Attachment {

@@ -20,7 +20,7 @@ mod thread;
 mod tests;
 
 pub use message::{
-    Attachment, ControlSink, ControllerKey, CqConfig, DoorbellMode, IoFailure, Message, Namespace,
+    Attachment, ControlSink, ControllerKey, CqConfig, DoorbellMode, IoFailure, Message,
     PollerEvent, Reply, ShadowConfig, SqConfig, Vector,
 };
 

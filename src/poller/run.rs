@@ -8,13 +8,13 @@
 use nvme_spec::{Cqe, Sqe, Status, StatusField};
 
 use super::cq::Cq;
-use super::message::{IoFailure, Namespace, PollerEvent};
+use super::message::{IoFailure, PollerEvent};
 use super::served::Served;
 use super::slot::{Rest, Slot, Slots};
 use super::sq::Sq;
 use super::stats::NamespaceStats;
 use crate::backend::{AnyChannel, Channel as _, Finished, Operation, Request, Submitted};
-use crate::io::{self, Fill, Plan, Range, Refusal};
+use crate::io::{self, Fill, Namespace, Plan, Range, Refusal};
 use crate::memory::{Buffers, GuestMap, HostSeg};
 
 /// Commands taken from one queue before the next queue has its turn.

@@ -12,7 +12,7 @@ use nvme_spec::{Cqe, Sqe, Status};
 
 use super::*;
 use crate::backend::{Backend, HugePages, MemoryOptions};
-use crate::io::test_memory;
+use crate::io::{Namespace, test_memory};
 use crate::memory::{DoorbellWindow, GuestMap, Ring, SharedWord};
 use crate::poller::stats::{NamespaceStats, QueueStats};
 

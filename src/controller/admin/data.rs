@@ -1,29 +1,10 @@
 //! Moving the data of an admin command between a buffer of ours and the PRPs of the guest.
 
-use nvme_spec::prp::{self, PageSize, ReadList, Segment};
+use nvme_spec::prp::Segment;
 use nvme_spec::{Sqe, Status};
 
+use crate::io;
 use crate::memory::GuestMap;
-
-/// PRP lists in guest memory.
-struct Lists<'a>(&'a GuestMap);
-
-impl ReadList for Lists<'_> {
-    fn read(&mut self, addr: u64, entries: &mut [u64]) -> Result<(), Status> {
-        // The copy is bounded: the walker asks for 64 entries at most.
-        let mut bytes = [0; 512];
-        let bytes = bytes
-            .get_mut(..entries.len().saturating_mul(8))
-            .ok_or(Status::INTERNAL_ERROR)?;
-        if !self.0.read(addr, bytes) {
-            return Err(Status::DATA_TRANSFER_ERROR);
-        }
-        for (entry, bytes) in entries.iter_mut().zip(bytes.as_chunks::<8>().0) {
-            *entry = u64::from_le_bytes(*bytes);
-        }
-        Ok(())
-    }
-}
 
 /// Call `each` for the pieces of the first `len` bytes the command's PRPs describe.
 fn walk(
@@ -32,17 +13,12 @@ fn walk(
     len: u32,
     mut each: impl FnMut(Segment) -> bool,
 ) -> Result<(), Status> {
-    prp::walk(
-        PageSize::K4,
-        sqe.prp1,
-        sqe.prp2,
-        len,
-        &mut Lists(map),
-        &mut |segment| match each(segment) {
+    io::walk(map, sqe.prp1, sqe.prp2, len, |segment| {
+        match each(segment) {
             true => Ok(()),
             false => Err(Status::DATA_TRANSFER_ERROR),
-        },
-    )
+        }
+    })
 }
 
 /// Copy `data` to the guest, and zeroes behind it up to `len` bytes.
