@@ -158,7 +158,7 @@ impl Controller {
                 nsid: ns.nsid,
                 backend: Arc::clone(&ns.backend),
                 geometry: ns.backend.geometry(),
-                read_only: ns.read_only,
+                read_only: ns.read_only || ns.backend.geometry().read_only,
             })
             .collect();
         let actor = Actor::new(Parts {
