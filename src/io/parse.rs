@@ -13,6 +13,8 @@ use crate::backend::Operation;
 pub struct Limits {
     /// Largest transfer in bytes (Identify MDTS).
     pub max_transfer: u32,
+    /// NN: higher NSIDs cannot be (Identify Controller).
+    pub max_namespaces: u32,
 }
 
 /// Where in the SQE the fault is, as the Error Information log wants it: byte in bits 7:0, bit in 10:8.
@@ -109,7 +111,7 @@ pub fn parse(sqe: &Sqe, namespaces: &[Namespace], limits: Limits) -> Result<Plan
         return Ok(Plan::FlushAll);
     }
     let namespace =
-        find(namespaces, sqe.nsid).ok_or(Refusal::new(Status::INVALID_NAMESPACE_OR_FORMAT, 4))?;
+        find(namespaces, sqe.nsid).ok_or_else(|| no_namespace(sqe.nsid, limits.max_namespaces))?;
     let ns = &namespaces[namespace];
     let writes = matches!(
         opcode,
@@ -186,6 +188,18 @@ pub fn parse(sqe: &Sqe, namespaces: &[Namespace], limits: Limits) -> Result<Plan
 pub(super) fn in_range(slba: u64, blocks: u32, size: u64) -> bool {
     slba.checked_add(u64::from(blocks))
         .is_some_and(|end| end <= size)
+}
+
+/// What an NSID without a namespace gets: one that could have a namespace is inactive, another is invalid (Base, section
+/// "Namespace Identifiers").
+#[cold]
+fn no_namespace(nsid: u32, max_namespaces: u32) -> Refusal {
+    let status = if (1..=max_namespaces).contains(&nsid) {
+        Status::INVALID_FIELD
+    } else {
+        Status::INVALID_NAMESPACE_OR_FORMAT
+    };
+    Refusal::new(status, 4)
 }
 
 /// The index of `nsid` in the table; nearly always the table has one entry.

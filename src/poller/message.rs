@@ -36,6 +36,8 @@ pub struct Attachment {
     pub stride: DoorbellStride,
     /// The largest transfer in bytes (Identify MDTS), a multiple of 4096.
     pub max_transfer: u32,
+    /// NN: higher NSIDs cannot be.
+    pub max_namespaces: u32,
     /// How doorbells reach us now.
     pub doorbells: DoorbellMode,
 }

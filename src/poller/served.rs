@@ -79,6 +79,7 @@ impl Served {
             poller,
             limits: Limits {
                 max_transfer: at.max_transfer,
+                max_namespaces: at.max_namespaces,
             },
             at,
             sqs: (0..MAX_QUEUES).map(|_| None).collect(),

@@ -125,6 +125,7 @@ impl Guest {
             window: Arc::clone(&guest.window),
             stride: DoorbellStride::new(3),
             max_transfer: 1 << 20,
+            max_namespaces: 1,
             doorbells: DoorbellMode::Trapped,
         });
         assert_eq!(

@@ -146,6 +146,7 @@ impl Actor {
             window: Arc::clone(&self.shared.window),
             stride: info.stride,
             max_transfer: info.max_transfer,
+            max_namespaces: info.max_namespaces,
             doorbells: self.doorbell_mode(),
         };
         let token = self.pending.begin(vec![poller], Work::Attach(poller));
