@@ -3,11 +3,14 @@
 //! - [`FrontEnd`] is the VMM's side of a socket, as `docs/VHOST_USER.md` describes it: guest memory in memfds, registers,
 //!   doorbells (trapped and mapped), interrupts. It is a [`Device`](vhost_user_nvme::driver::Device), so that the driver of the
 //!   daemon runs on it: that is the virtual guest.
-//! - [`raw`] is a guest that does as it likes: its own queues, any command, any doorbell value.
+//! - [`io`] does commands and waits for them; [`raw`] is a guest that does as it likes: its own queues, any command, any doorbell value.
+//! - [`daemon`] starts the daemon under test.
 
+pub mod daemon;
 mod fence;
 pub mod frontend;
 mod handler;
+pub mod io;
 pub mod memory;
 pub mod raw;
 pub mod rng;

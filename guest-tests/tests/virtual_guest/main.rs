@@ -1,0 +1,13 @@
+//! The daemon, driven by the virtual guest through a real socket and real shared memory.
+
+mod admin;
+mod basics;
+mod hostile;
+mod integrity;
+mod logs;
+mod memory;
+mod prps;
+mod reconnect;
+mod statuses;
+mod teardown;
+mod wakeup;
