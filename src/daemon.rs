@@ -30,8 +30,9 @@ type BoxError = Box<dyn std::error::Error>;
 /// What is missing, and how to mend it.
 pub fn check(config: &Config) -> Result<(), BoxError> {
     for controller in &config.controllers {
-        if let Socket::Path { path, .. } = &controller.socket {
-            SocketFile::check(path)?;
+        match &controller.socket {
+            Socket::Path { path, .. } => SocketFile::check(path)?,
+            Socket::Fd(fd) => Endpoint::check(*fd)?,
         }
         for namespace in &controller.namespaces {
             stores::check(namespace).map_err(|e| {

@@ -1,1 +1,398 @@
+//! What is refused, word by word; and what is made of what was left out.
 
+use super::*;
+use crate::config::file;
+
+fn resolve_text(text: &str) -> Result<Config, String> {
+    let (file, source) = file::parse("t.toml", text.into()).map_err(|e| e.to_string())?;
+    resolve(file, Some(&source)).map_err(|e| e.to_string())
+}
+
+/// A good configuration with a line put into `[daemon]`, the controller, or the namespace.
+fn with(daemon: &str, controller: &str, namespace: &str) -> String {
+    format!(
+        "[daemon]\n{daemon}\n[[controller]]\nname = \"a\"\nsocket-path = \"/tmp/a.sock\"\n{controller}\n[[controller.namespace]]\n{namespace}\n"
+    )
+}
+
+const MEMORY: &str = "backend = \"memory\"\nsize = \"1G\"";
+
+#[test]
+fn defaults() {
+    let c = resolve_text(&with("", "", MEMORY)).unwrap();
+    assert_eq!(c.pollers.len(), 1);
+    assert_eq!(c.pollers[0].core, None);
+    assert_eq!(c.pollers[0].idle, IdlePolicy::Adaptive);
+    assert_eq!(
+        (c.log.level.as_str(), c.log.format),
+        ("info", Default::default())
+    );
+    let c = &c.controllers[0];
+    assert_eq!(
+        (c.queues, c.queue_entries, c.max_transfer),
+        (33, 1024, 1 << 20)
+    );
+    assert!(c.doorbell_buffer && c.doorbell_stride == 3 && c.max_namespaces == 1);
+    let ns = &c.namespaces[0];
+    assert_eq!((ns.nsid, ns.block_shift, ns.read_only), (1, 12, false));
+    assert_eq!(ns.identity, "a/1/memory");
+}
+
+#[test]
+fn derived_names_stay_and_differ() {
+    let one = resolve_text(&with("", "", MEMORY)).unwrap();
+    // These are in the by-id links of guests: they must never change.
+    assert_eq!(one.controllers[0].serial, "VUN-FC784657D163F4B5");
+    assert_eq!(
+        one.controllers[0].subnqn,
+        "nqn.2014-08.org.nvmexpress:uuid:242a29c7-daa4-8413-b0f5-4d26e97af283"
+    );
+    let two = resolve_text(&with("", "", MEMORY).replace("\"a\"", "\"b\"")).unwrap();
+    assert_ne!(one.controllers[0].serial, two.controllers[0].serial);
+    assert_ne!(one.controllers[0].subnqn, two.controllers[0].subnqn);
+    // Without a name the path makes the difference.
+    let unnamed = |path: &str| {
+        let text =
+            format!("[[controller]]\nsocket-path = \"{path}\"\n[[controller.namespace]]\n{MEMORY}");
+        resolve_text(&text).unwrap().controllers.remove(0)
+    };
+    let (x, y) = (unnamed("/run/x/nvme.sock"), unnamed("/run/y/nvme.sock"));
+    assert_eq!((x.name.as_str(), y.name.as_str()), ("nvme", "nvme"));
+    assert_ne!(x.serial, y.serial);
+    assert_ne!(x.namespaces[0].identity, y.namespaces[0].identity);
+}
+
+#[test]
+fn everything_that_can_be_said() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = dir.path().join("disk.img");
+    std::fs::write(&disk, [0; 8192]).unwrap();
+    let text = format!(
+        r#"
+[daemon]
+log-level = "debug"
+log-format = "json"
+pollers = 2
+idle = "poll"
+poll-us = 7
+slots = 99
+
+[[controller]]
+name = "vm1"
+socket-path = "/tmp/vm1.sock"
+socket-mode = "0660"
+socket-group = "0"
+serial = "S1"
+model = "M1"
+subnqn = "nqn.2026-01.org.example:vm1"
+queues = 5
+queue-entries = 4096
+max-transfer = "128K"
+max-namespaces = 8
+doorbell-buffer = false
+doorbell-stride = 0
+pci-ids = [0x1234, 0x5678, 0x9ABC, 0xDEF0]
+
+[[controller.namespace]]
+backend = "file"
+path = "{}"
+direct = false
+block-size = 512
+read-only = true
+uuid = "12345678-9abc-def0-1234-56789abcdef0"
+nguid = "00112233445566778899aabbccddeeff"
+eui64 = "0011223344556677"
+
+[[controller.namespace]]
+nsid = 7
+backend = "null"
+size = 4096
+
+[controller.namespace.danger-zone]
+i-want-broken-io = true
+delay-us = 10
+fault = [{{ operations = ["read"], blocks = [3, 4], skip = 1, count = 2, action = "never-complete" }}]
+"#,
+        disk.display()
+    );
+    let c = resolve_text(&text).unwrap();
+    assert_eq!((c.pollers.len(), c.pollers[1].slots), (2, 99));
+    assert_eq!(c.pollers[0].poll_for, Duration::from_micros(7));
+    let c = &c.controllers[0];
+    assert_eq!(
+        c.socket,
+        Socket::Path {
+            path: "/tmp/vm1.sock".into(),
+            mode: Some(0o660),
+            group: Some(0)
+        }
+    );
+    assert_eq!((c.serial.as_str(), c.model.as_str()), ("S1", "M1"));
+    assert_eq!(
+        (c.queues, c.queue_entries, c.max_transfer),
+        (5, 4096, 131_072)
+    );
+    assert_eq!(c.pci_ids, [0x1234, 0x5678, 0x9ABC, 0xDEF0]);
+    assert!(!c.doorbell_buffer && c.doorbell_stride == 0 && c.max_namespaces == 8);
+    let [one, two] = c.namespaces.as_slice() else {
+        panic!("two namespaces");
+    };
+    assert_eq!(
+        one.store,
+        StoreSpec::File {
+            path: disk,
+            direct: false
+        }
+    );
+    assert_eq!((one.block_shift, one.read_only), (9, true));
+    assert_eq!(one.uuid.map(|u| u[..2].to_vec()), Some(vec![0x12, 0x34]));
+    assert_eq!(
+        one.eui64,
+        Some([0, 0x11, 0x22, 0x33, 0x44, 0x55, 0x66, 0x77])
+    );
+    assert_eq!(
+        (two.nsid, &two.store),
+        (7, &StoreSpec::Null { bytes: 4096 })
+    );
+    assert_eq!(two.danger_zone.as_ref().unwrap().fault.len(), 1);
+}
+
+#[test]
+fn what_is_refused_and_how_it_is_said() {
+    let cases: &[(String, &str)] = &[
+        (
+            "".into(),
+            "t.toml: there is no controller; add [[controller]] with a socket-path and a [[controller.namespace]]",
+        ),
+        (
+            with("colour = 1", "", MEMORY),
+            "t.toml:2: unknown field `colour`, expected one of `log-level`, `log-format`, `cores`, `pollers`, `idle`, `poll-us`, `slots`",
+        ),
+        (
+            with("", "", "backend = \"memory\"\nsize = \"1G\"\nspeed = 9"),
+            "t.toml:10: unknown field `speed`, expected one of",
+        ),
+        (
+            with("slots = \"many\"", "", MEMORY),
+            "t.toml:2: invalid type: string \"many\", expected usize",
+        ),
+        (with("= 1", "", MEMORY), "t.toml:2: "),
+        (
+            with("slots = 0", "", MEMORY),
+            "t.toml: slots is 0; it can be 1 to 65536",
+        ),
+        (
+            with("poll-us = 2000000", "", MEMORY),
+            "t.toml: poll-us is more than a second; use idle = \"poll\" to never sleep",
+        ),
+        (
+            with("idle = \"lazy\"", "", MEMORY),
+            "t.toml:2: unknown variant `lazy`, expected one of `poll`, `adaptive`, `interrupt`",
+        ),
+        (
+            with("cores = [99999]", "", MEMORY),
+            "t.toml: core 99999 does not exist, or this process may not use it; it may use ",
+        ),
+        (
+            with("cores = []", "", MEMORY),
+            "t.toml: there are 0 pollers; there can be 1 to 1024",
+        ),
+        (
+            with("pollers = 0", "", MEMORY),
+            "t.toml: there are 0 pollers; there can be 1 to 1024",
+        ),
+        (
+            with("cores = [0]\npollers = 1", "", MEMORY),
+            "t.toml: cores and pollers exclude each other: each core has one poller",
+        ),
+        (
+            with("log-level = \"a=b=c\"", "", MEMORY),
+            "t.toml: log-level 'a=b=c' is not one: ",
+        ),
+        (
+            "[[controller]]\nname = \"x\"\n".into(),
+            "t.toml:1: controller x has no socket; give it a socket-path",
+        ),
+        (
+            "[[controller]]\nsocket-path = \"/tmp/x\"\n".into(),
+            "t.toml:1: controller 'x': there is no namespace; add one with --namespace or [[controller.namespace]]",
+        ),
+        (
+            with("", "socket-mode = \"rw\"", MEMORY),
+            "t.toml:3: socket-mode 'rw' is not one; write octal digits, such as 0660",
+        ),
+        (
+            with("", "socket-group = \"no such group\"", MEMORY),
+            "t.toml:3: socket-group 'no such group' is not a group of this host; see /etc/group",
+        ),
+        (
+            with("", "serial = \"\"", MEMORY),
+            "t.toml:3: controller 'a': serial '' must have 1 to 20 printable ASCII characters",
+        ),
+        (
+            with("", "model = \"\\u00e9\"", MEMORY),
+            "t.toml:3: controller 'a': model 'é' must have 1 to 40 printable ASCII characters",
+        ),
+        (
+            with("", "subnqn = \"x\"", MEMORY),
+            "t.toml:3: controller 'a': subnqn 'x' is not a qualified name: it starts with 'nqn.' and has at most 223 bytes",
+        ),
+        (
+            with("", "queues = 1", MEMORY),
+            "t.toml:3: controller 'a': queues is 1; it can be 2 to 64, the admin queue included",
+        ),
+        (
+            with("", "queue-entries = 1", MEMORY),
+            "t.toml:3: controller 'a': queue-entries is 1; it can be 2 to 65536",
+        ),
+        (
+            with("", "max-transfer = \"3K\"", MEMORY),
+            "t.toml:3: controller 'a': max-transfer is 3072 bytes; it can be 4K, 8K, 16K and so on up to 1M",
+        ),
+        (
+            with("", "max-transfer = \"2M\"", MEMORY),
+            "t.toml:3: controller 'a': max-transfer is 2097152 bytes; it can be 4K, 8K, 16K and so on up to 1M",
+        ),
+        (
+            with("", "doorbell-stride = 11", MEMORY),
+            "t.toml:3: controller 'a': doorbell-stride is 11; it can be 0 to 10 (2 to its power, times 4 bytes)",
+        ),
+        (
+            with("", "max-namespaces = 0", MEMORY),
+            "t.toml:3: controller 'a': max-namespaces is 0; it can be 1, the highest nsid, to 1024",
+        ),
+        (
+            with("", "", "size = \"1G\""),
+            "t.toml:7: controller 'a': namespace 1: it has no backend; there are null, memory and file",
+        ),
+        (
+            with("", "", "backend = \"cloud\""),
+            "t.toml:7: controller 'a': namespace 1: there is no backend 'cloud'; there are null, memory and file",
+        ),
+        (
+            with("", "", "backend = \"memory\""),
+            "t.toml:7: controller 'a': namespace 1: a memory namespace needs a size, such as size=1G",
+        ),
+        (
+            with("", "", "backend = \"memory\"\nsize = 5000"),
+            "t.toml:7: controller 'a': namespace 1: ",
+        ),
+        (
+            with("", "", "backend = \"memory\"\nsize = \"1X\""),
+            "t.toml:9: '1X' is not a size: the unit is unknown; write bytes, or a number with K, M, G or T, such as 512M or 10G",
+        ),
+        (
+            with("", "", "backend = \"memory\"\nsize = -1"),
+            "t.toml:9: a size cannot be negative",
+        ),
+        (
+            with("", "", "backend = \"memory\"\nsize = \"1G\"\npath = \"/x\""),
+            "t.toml:7: controller 'a': namespace 1: 'path' means nothing for a memory namespace; remove it",
+        ),
+        (
+            with("", "", "backend = \"file\""),
+            "t.toml:7: controller 'a': namespace 1: a file namespace needs a path, such as path=/srv/disk.img",
+        ),
+        (
+            with("", "", "backend = \"file\"\npath = \"/no/such\""),
+            "t.toml:7: controller 'a': namespace 1: there is no file /no/such; make it with 'truncate -s 10G /no/such'",
+        ),
+        (
+            with("", "", "backend = \"file\"\npath = \"/dev/zero\""),
+            "t.toml:7: controller 'a': namespace 1: /dev/zero is neither a file nor a block device",
+        ),
+        (
+            with("", "", "backend = \"file\"\npath = \"/x\"\nsize = \"1G\""),
+            "t.toml:7: controller 'a': namespace 1: a file namespace is as large as its file; remove 'size', and make the file with 'truncate -s 10G FILE'",
+        ),
+        (
+            with("", "", &format!("{MEMORY}\nblock-size = 1024")),
+            "t.toml:7: controller 'a': namespace 1: block-size is 1024; it can be 512 or 4096",
+        ),
+        (
+            with("", "", &format!("{MEMORY}\nnsid = 0")),
+            "t.toml:7: controller 'a': namespace 0: an nsid is 1 to 1024",
+        ),
+        (
+            with("", "", &format!("{MEMORY}\nuuid = \"xyz\"")),
+            "t.toml:7: controller 'a': namespace 1: uuid 'xyz' is not 32 hexadecimal digits, or all zero",
+        ),
+        (
+            with("", "", &format!("{MEMORY}\neui64 = \"0000000000000000\"")),
+            "t.toml:7: controller 'a': namespace 1: eui64 '0000000000000000' is not 16 hexadecimal digits, or all zero",
+        ),
+        (
+            with(
+                "",
+                "",
+                &format!("{MEMORY}\ndanger-zone = {{ i-want-broken-io = false }}"),
+            ),
+            "t.toml:7: controller 'a': namespace 1: danger-zone makes I/O fail or hang; set i-want-broken-io = true in it, or remove it",
+        ),
+        (
+            with(
+                "",
+                "",
+                &format!("{MEMORY}\nnsid = 2\n[[controller.namespace]]\n{MEMORY}"),
+            ),
+            "t.toml:11: controller 'a': nsid 2 is there twice; give each namespace its own",
+        ),
+    ];
+    for (text, expected) in cases {
+        let e = resolve_text(text).unwrap_err();
+        assert!(e.starts_with(expected), "\n got: {e}\nwant: {expected}");
+        assert_eq!(e.lines().count(), 1, "{e}");
+    }
+}
+
+#[test]
+fn twins_are_refused() {
+    let two = |a: &str, b: &str, store: &str| {
+        format!(
+            "[[controller]]\n{a}\n[[controller.namespace]]\n{store}\n[[controller]]\n{b}\n[[controller.namespace]]\n{store}\n"
+        )
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let disk = dir.path().join("d");
+    std::fs::write(&disk, [0; 4096]).unwrap();
+    let file = format!("backend = \"file\"\npath = \"{}\"", disk.display());
+    let (a, b) = (
+        "name = \"a\"\nsocket-path = \"/tmp/a\"",
+        "name = \"b\"\nsocket-path = \"/tmp/b\"",
+    );
+    for (text, expected) in [
+        (
+            two(a, a, MEMORY),
+            "there are two controllers called 'a'; give each a name of its own",
+        ),
+        (
+            two(a, "name = \"b\"\nsocket-path = \"/tmp/a\"", MEMORY),
+            "controllers 'a' and 'b' have the same socket-path /tmp/a; give each its own",
+        ),
+        (
+            two(
+                &format!("{a}\nserial = \"1\""),
+                &format!("{b}\nserial = \"1\""),
+                MEMORY,
+            ),
+            "controllers 'a' and 'b' have the same serial '1'; give each its own",
+        ),
+        (
+            two(
+                &format!("{a}\nsubnqn = \"nqn.x\""),
+                &format!("{b}\nsubnqn = \"nqn.x\""),
+                MEMORY,
+            ),
+            "controllers 'a' and 'b' have the same subnqn 'nqn.x'; give each its own",
+        ),
+        (
+            two(a, b, &file),
+            "namespace 1 of 'a' and namespace 1 of 'b' use the same file",
+        ),
+    ] {
+        let e = resolve_text(&text).unwrap_err();
+        assert!(e.contains(expected), "\n got: {e}\nwant: {expected}");
+        assert!(e.starts_with("t.toml:"), "{e}");
+    }
+    assert!(resolve_text(&two(a, b, MEMORY)).is_ok());
+}

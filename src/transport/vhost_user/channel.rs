@@ -49,17 +49,26 @@ struct Shared {
 }
 
 struct State {
-    wanted: DoorbellMode,
+    /// What the controller has asked for and not been answered.
+    asked: Option<DoorbellMode>,
+    /// How the guest's doorbells are.
+    current: DoorbellMode,
+    /// A RESET_DEVICE is not answered yet: what is sent now would be undone.
+    resetting: bool,
+    /// Counts resets.
+    resets: u64,
     closed: bool,
 }
 
-fn lock(shared: &Shared) -> MutexGuard<'_, State> {
-    shared.state.lock().unwrap_or_else(PoisonError::into_inner)
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl FrontEnd for Channel {
     fn request_doorbells(&self, mode: DoorbellMode) {
-        lock(&self.shared).wanted = mode;
+        self.shared.state().asked = Some(mode);
         self.shared.changed.notify_one();
     }
 }
@@ -70,7 +79,10 @@ impl Channel {
         Arc::new(Self {
             shared: Arc::new(Shared {
                 state: Mutex::new(State {
-                    wanted: DoorbellMode::Trapped,
+                    asked: None,
+                    current: DoorbellMode::Trapped,
+                    resetting: false,
+                    resets: 0,
                     closed: false,
                 }),
                 changed: Condvar::new(),
@@ -101,7 +113,7 @@ impl Channel {
             .name("vu-channel".into())
             .spawn(move || {
                 if let Err(e) = serve(&asker, &shared, &controller)
-                    && !lock(&shared).closed
+                    && !shared.state().closed
                 {
                     failure.set(format!("the back-end channel failed: {e}"));
                 }
@@ -110,9 +122,23 @@ impl Channel {
         Ok(())
     }
 
+    /// RESET_DEVICE has come: the front-end goes back to trapped doorbells.
+    pub fn reset_begins(&self) {
+        let mut state = self.shared.state();
+        state.current = DoorbellMode::Trapped;
+        state.resetting = true;
+        state.resets += 1;
+    }
+
+    /// RESET_DEVICE is answered: what is sent from now on counts.
+    pub fn reset_ends(&self) {
+        self.shared.state().resetting = false;
+        self.shared.changed.notify_one();
+    }
+
     /// The connection has ended: end the thread as well.
     pub fn close(&self) {
-        lock(&self.shared).closed = true;
+        self.shared.state().closed = true;
         self.shared.changed.notify_one();
         let worker = self
             .worker
@@ -133,14 +159,11 @@ fn serve(asker: &Asker, shared: &Shared, controller: &Controller) -> io::Result<
             "the front-end did not map the doorbell window (SHMEM_MAP of region 0)",
         ));
     }
-    let mut current = DoorbellMode::Trapped;
     // A front-end that cannot show the window to the guest will not learn it while it is connected.
     let mut can_map = true;
     loop {
-        let mut state = lock(shared);
-        while !state.closed
-            && (state.wanted == current || (state.wanted == DoorbellMode::Mapped && !can_map))
-        {
+        let mut state = shared.state();
+        while !state.closed && (state.asked.is_none() || state.resetting) {
             state = shared
                 .changed
                 .wait(state)
@@ -149,30 +172,45 @@ fn serve(asker: &Asker, shared: &Shared, controller: &Controller) -> io::Result<
         if state.closed {
             return Ok(());
         }
-        let wanted = state.wanted;
+        let Some(asked) = state.asked.take() else {
+            continue;
+        };
+        let (current, resets) = (state.current, state.resets);
         drop(state);
-        match wanted {
-            DoorbellMode::Mapped => {
+        match asked {
+            _ if asked == current => {}
+            DoorbellMode::Mapped if can_map => {
                 can_map = asker.map(SHM_GUEST)?;
-                if can_map {
-                    current = DoorbellMode::Mapped;
-                } else {
+                if !can_map {
                     tracing::info!(
                         controller = controller.name(),
                         "the front-end cannot map doorbells into the guest: they stay trapped"
                     );
                 }
             }
+            DoorbellMode::Mapped => {}
             DoorbellMode::Trapped => {
                 if !asker.unmap(SHM_GUEST)? {
                     return Err(io::Error::other(
                         "the front-end did not unmap the guest's doorbells (SHMEM_UNMAP of region 1)",
                     ));
                 }
-                current = DoorbellMode::Trapped;
             }
         }
-        controller.doorbells_are(current);
+        let mut state = shared.state();
+        if state.resets != resets && asked == DoorbellMode::Mapped {
+            // Undone by a reset meanwhile: do it again.
+            state.asked.get_or_insert(asked);
+            continue;
+        }
+        let now = if can_map {
+            asked
+        } else {
+            DoorbellMode::Trapped
+        };
+        state.current = now;
+        drop(state);
+        controller.doorbells_are(now);
     }
 }
 

@@ -149,8 +149,17 @@ impl<'a> Connection<'a> {
         tracing::trace!(controller = self.controller.name(), message = name);
         let channel = self.channel_socket(&mut message)?;
         message.forward(&self.feed).map_err(|e| refused(&name, e))?;
+        let reset = message.code() == u32::from(FrontendReq::RESET_DEVICE);
+        // Ours would keep the front-end's files open longer than it may expect.
+        drop(message);
+        if reset {
+            self.channel.reset_begins();
+        }
         let result = self.crate_side.handle_request();
         self.answer(&stop)?;
+        if reset {
+            self.channel.reset_ends();
+        }
         result.map_err(|e| refused(&name, describe(&e)))?;
         if let Some(socket) = channel {
             let opened = self.channel.open(socket, Arc::clone(self.controller));

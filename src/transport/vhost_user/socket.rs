@@ -169,24 +169,39 @@ impl SocketFile {
     }
 }
 
+fn bad_fd(number: RawFd, hint: &str) -> SocketError {
+    SocketError::new(format!("file descriptor {number} (--fd)"), hint)
+}
+
 impl Endpoint {
+    /// Check that `number` can be an inherited file descriptor, without taking it.
+    ///
+    /// # Errors
+    ///
+    /// It is not open, or one of the standard streams.
+    pub fn check(number: RawFd) -> Result<(), SocketError> {
+        if (0..3).contains(&number) {
+            return Err(bad_fd(
+                number,
+                "is one of stdin, stdout and stderr; pass a socket as 3 or above",
+            ));
+        }
+        if std::fs::symlink_metadata(format!("/proc/self/fd/{number}")).is_err() {
+            return Err(bad_fd(
+                number,
+                "is not open; the starting process must pass it on",
+            ));
+        }
+        Ok(())
+    }
+
     /// The socket that this process was started with as file descriptor `number`: listening or connected.
     ///
     /// # Errors
     ///
-    /// It is not open, or not a Unix stream socket.
+    /// As [`Self::check`]; also when it is not a Unix stream socket.
     pub fn inherited(number: RawFd) -> Result<Self, SocketError> {
-        let bad = |hint: &str| SocketError::new(format!("file descriptor {number} (--fd)"), hint);
-        if number < 3 {
-            return Err(bad(
-                "is one of stdin, stdout and stderr; pass a socket as 3 or above",
-            ));
-        }
-        if !Path::new(&format!("/proc/self/fd/{number}")).exists()
-            && std::fs::symlink_metadata(format!("/proc/self/fd/{number}")).is_err()
-        {
-            return Err(bad("is not open; the starting process must pass it on"));
-        }
+        Self::check(number)?;
         // SAFETY: it is open, and the operator says by the option that it is ours: nothing else in this process made it.
         let fd = unsafe { OwnedFd::from_raw_fd(number) };
         let unix = rustix::net::sockopt::socket_domain(&fd) == Ok(rustix::net::AddressFamily::UNIX)
@@ -194,7 +209,7 @@ impl Endpoint {
         if !unix {
             // Not ours to close, after all.
             std::mem::forget(fd);
-            return Err(bad("is not a Unix stream socket"));
+            return Err(bad_fd(number, "is not a Unix stream socket"));
         }
         let _ = rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC);
         match rustix::net::sockopt::socket_acceptconn(&fd) {
