@@ -300,10 +300,12 @@ impl Actor {
             return;
         };
         slot.clone_from(&kick);
-        if let Ok(qid) = u16::try_from(index)
-            && let Some(poller) = self.queues.poller_of_kick(qid)
-        {
-            let key = self.key;
+        let Ok(qid) = u16::try_from(index) else {
+            return;
+        };
+        let key = self.key;
+        for poller in self.queues.pollers_of_kick(qid) {
+            let kick = kick.clone();
             self.tell(poller, Message::SetKick { key, qid, kick });
         }
     }

@@ -93,9 +93,12 @@ impl Queues {
         loads
     }
 
-    /// The poller that waits for the kick of this queue pair.
-    pub(super) fn poller_of_kick(&self, qid: u16) -> Option<usize> {
-        self.sq(qid).map(|sq| sq.poller)
+    /// The pollers that wait for the kick of this queue pair. They are two where the identifiers are a pair and the queues are
+    /// not.
+    pub(super) fn pollers_of_kick(&self, qid: u16) -> impl Iterator<Item = usize> + use<> {
+        let sq = self.sq(qid).map(|sq| sq.poller);
+        let cq = self.cq(qid).map(|cq| cq.poller).filter(|p| Some(*p) != sq);
+        sq.into_iter().chain(cq)
     }
 
     pub(super) fn cq_stats(&self, qid: u16) -> Arc<QueueStats> {
@@ -132,7 +135,10 @@ mod tests {
         });
         assert!(q.is_used(1) && !q.is_used(2) && !q.is_empty());
         assert_eq!(q.loads(2), [0, 2]);
-        assert_eq!((q.poller_of_kick(2), q.poller_of_kick(1)), (Some(1), None));
+        let pollers = |q: &Queues, qid| q.pollers_of_kick(qid).collect::<Vec<_>>();
+        assert_eq!((pollers(&q, 2), pollers(&q, 1)), (vec![1], vec![1]));
+        *q.cq_slot(2).unwrap() = Some(Cq { state, poller: 0 });
+        assert_eq!((pollers(&q, 2), pollers(&q, 0)), (vec![1, 0], vec![]));
         q.clear();
         assert!(q.is_empty());
     }

@@ -28,9 +28,7 @@ use nvme_spec::StatusField;
 
 pub use bringup::{Driver, Options};
 pub use dma::{Dma, DmaPool};
-pub use queue::{
-    Completion, Counters, Fault, QueueConfig, QueuePair, SubmitError, wait_for,
-};
+pub use queue::{Completion, Counters, Fault, QueueConfig, QueuePair, SubmitError, wait_for};
 
 /// One doorbell register, usable from the thread that owns the queue.
 pub trait Doorbell: Send {

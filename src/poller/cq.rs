@@ -1,5 +1,6 @@
 //! A completion queue on its poller: room, posting, interrupts.
 
+use std::fs::File;
 use std::sync::Arc;
 
 use nvme_spec::ring::{Phase, RingSize};
@@ -22,6 +23,7 @@ pub(super) struct Cq {
     pub ring: Option<Ring<2>>,
     pub bell: Bell,
     pub vector: Option<Arc<Vector>>,
+    pub kick: Option<Arc<File>>,
     pub stats: Arc<QueueStats>,
     /// Where the next entry goes.
     tail: u16,
@@ -49,6 +51,7 @@ impl Cq {
             ring: Some(ring),
             bell,
             vector: config.vector,
+            kick: config.kick,
             stats: config.stats,
             tail: 0,
             phase: Phase::from_bit(true),

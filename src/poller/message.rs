@@ -89,6 +89,8 @@ pub struct CqConfig {
     pub size: RingSize,
     /// The vector to signal, if interrupts are enabled (IEN).
     pub vector: Option<Arc<Vector>>,
+    /// Eventfd that is signalled when the trapped doorbells of this identifier are rung: a full queue waits for its head.
+    pub kick: Option<Arc<File>>,
     /// Counters.
     pub stats: Arc<QueueStats>,
 }

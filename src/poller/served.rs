@@ -1,5 +1,6 @@
 //! What a poller knows of one controller: its queues, its channels, its memory.
 
+use std::fs::File;
 use std::sync::Arc;
 
 use nvme_spec::Status;
@@ -120,8 +121,8 @@ impl Served {
         self.unshadowed_batches = 0;
     }
 
-    /// The doorbell of a queue that is being made, with its shadow, if there is one. The register may still hold what an
-    /// earlier queue of this identifier left there; with a new queue it begins at 0.
+    /// The doorbell of a queue that is being made, with its shadow, if there is one. Both may still hold what an
+    /// earlier queue of this identifier left there; with a new queue they begin at 0.
     fn bell(&self, doorbell: Doorbell) -> Result<Bell, Status> {
         let offset = self.at.stride.window_offset(doorbell) as usize;
         let register =
@@ -129,7 +130,11 @@ impl Served {
         register.store(0);
         let shadow = match self.shadow {
             None => None,
-            Some(config) => Some(self.shadow_of(config, doorbell)?),
+            Some(config) => {
+                let shadow = self.shadow_of(config, doorbell)?;
+                shadow.value.store(0);
+                Some(shadow)
+            }
         };
         Ok(Bell::new(register, shadow))
     }
@@ -178,7 +183,8 @@ impl Served {
         Ok(())
     }
 
-    pub fn delete_cq(&mut self, qid: u16) -> Result<(), Status> {
+    /// Forget a completion queue; its kick, which nobody waits for any more.
+    pub fn delete_cq(&mut self, qid: u16) -> Result<Option<Arc<File>>, Status> {
         if self.sqs.iter().flatten().any(|sq| sq.cqid == qid) {
             return Err(Status::INVALID_QUEUE_DELETION);
         }
@@ -187,9 +193,9 @@ impl Served {
             .get_mut(usize::from(qid))
             .filter(|place| place.is_some())
             .ok_or(Status::INVALID_QUEUE_ID)?;
-        *place = None;
+        let kick = place.take().and_then(|cq| cq.kick);
         self.active_cqs.retain(|q| *q != qid);
-        Ok(())
+        Ok(kick)
     }
 
     pub fn sq(&mut self, qid: u16) -> Option<&mut Sq> {

@@ -48,7 +48,10 @@ struct Guest {
     events: Receiver<PollerEvent>,
     size: RingSize,
     shadow: bool,
+    /// Of the submission queue.
     kick: std::fs::File,
+    /// Of the completion queue: another one, as if the two had different identifiers.
+    head_kick: std::fs::File,
     vector: Arc<Vector>,
     calls: std::fs::File,
     tail: u16,
@@ -88,6 +91,7 @@ impl Guest {
         .unwrap();
         let geometry = backend.geometry();
         let (kick, kick_theirs) = eventfd();
+        let (head_kick, head_kick_theirs) = eventfd();
         let (calls, call_theirs) = eventfd();
         let vector = Arc::new(Vector::default());
         vector.set(Some(call_theirs));
@@ -100,6 +104,7 @@ impl Guest {
             size: RingSize::new(size).unwrap(),
             shadow,
             kick,
+            head_kick,
             vector,
             calls,
             tail: 0,
@@ -140,17 +145,18 @@ impl Guest {
             });
             assert_eq!(made, Ok(true));
         }
-        guest.create(Arc::new(kick_theirs));
+        guest.create(Arc::new(kick_theirs), Arc::new(head_kick_theirs));
         guest
     }
 
-    fn create(&mut self, kick: Arc<std::fs::File>) {
+    fn create(&mut self, kick: Arc<std::fs::File>, head_kick: Arc<std::fs::File>) {
         let (size, vector) = (self.size, Arc::clone(&self.vector));
         let cq = CqConfig {
             qid: 1,
             base: CQ,
             size,
             vector: Some(vector),
+            kick: Some(head_kick),
             stats: Arc::new(QueueStats::default()),
         };
         let made = self.ask(|token| Message::CreateCq {
@@ -212,7 +218,11 @@ impl Guest {
         self.register(doorbell)
             .store(u32::from(value), Ordering::Release);
         use std::io::Write as _;
-        (&self.kick).write_all(&1u64.to_ne_bytes()).unwrap();
+        let mut kick = match doorbell {
+            Doorbell::Sq(_) => &self.kick,
+            Doorbell::Cq(_) => &self.head_kick,
+        };
+        kick.write_all(&1u64.to_ne_bytes()).unwrap();
     }
 
     fn ring_tail(&mut self) {
@@ -542,7 +552,9 @@ fn reset_forgets_the_queues_and_leaves_the_shadow_pages_alone() {
     assert!(g.map.write(CQ, &[0; 256]));
     let (_, kick) = eventfd();
     g.kick = kick.try_clone().unwrap();
-    g.create(Arc::new(kick));
+    let (_, head_kick) = eventfd();
+    g.head_kick = head_kick.try_clone().unwrap();
+    g.create(Arc::new(kick), Arc::new(head_kick));
     assert_eq!(
         g.run(io(NvmOpcode::READ, 1, 0, 1, DATA, 0)),
         Status::SUCCESS

@@ -187,8 +187,12 @@ impl Thread {
             Message::Stop => {}
             Message::Attach { token, attachment } => self.attach(token, *attachment),
             Message::CreateCq { token, key, cq } => {
-                if let Some((served, ..)) = self.find(key) {
+                if let Some((served, _, bed)) = self.find(key) {
+                    let kick = cq.kick.clone();
                     let result = served.create_cq(cq).map(|()| true);
+                    if result.is_ok() {
+                        add_kick(bed, kick.as_deref());
+                    }
                     served.reply(token, result);
                 }
             }
@@ -209,8 +213,11 @@ impl Thread {
                 }
             }
             Message::DeleteCq { token, key, qid } => {
-                if let Some((served, ..)) = self.find(key) {
-                    let result = served.delete_cq(qid).map(|()| true);
+                if let Some((served, _, bed)) = self.find(key) {
+                    let result = served.delete_cq(qid).map(|kick| {
+                        remove_kick(bed, kick.as_deref());
+                        true
+                    });
                     served.reply(token, result);
                 }
             }
@@ -236,11 +243,10 @@ impl Thread {
                 }
             }
             Message::SetKick { key, qid, kick } => {
-                if let Some((served, _, bed)) = self.find(key)
-                    && let Some(sq) = served.sq(qid)
-                {
-                    add_kick(bed, kick.as_deref());
-                    remove_kick(bed, std::mem::replace(&mut sq.kick, kick).as_deref());
+                if let Some((served, _, bed)) = self.find(key) {
+                    let sq = served.sq(qid).map(|sq| &mut sq.kick);
+                    change_kick(bed, sq, kick.clone());
+                    change_kick(bed, served.cq(qid).map(|cq| &mut cq.kick), kick);
                 }
             }
             Message::SetDoorbells { key, mode } => {
@@ -301,8 +307,10 @@ impl Thread {
         let Some((served, core, bed)) = self.find(key) else {
             return;
         };
-        for sq in served.sqs.iter_mut().flatten() {
-            remove_kick(bed, sq.kick.take().as_deref());
+        let sqs = served.sqs.iter_mut().flatten().map(|sq| &mut sq.kick);
+        let cqs = served.cqs.iter_mut().flatten().map(|cq| &mut cq.kick);
+        for kick in sqs.chain(cqs) {
+            remove_kick(bed, kick.take().as_deref());
         }
         served.begin_reset(core, token, detach);
         if served.settle(core) {
@@ -343,6 +351,13 @@ fn add_kick(bed: &mut Bed, kick: Option<&File>) {
         && let Err(error) = bed.add_edge(kick)
     {
         tracing::warn!(%error, "a kick that cannot be waited for: is it an eventfd?");
+    }
+}
+
+fn change_kick(bed: &mut Bed, place: Option<&mut Option<Arc<File>>>, kick: Option<Arc<File>>) {
+    if let Some(place) = place {
+        add_kick(bed, kick.as_deref());
+        remove_kick(bed, std::mem::replace(place, kick).as_deref());
     }
 }
 

@@ -56,6 +56,7 @@ impl Actor {
             base: command.prp1,
             size,
             vector,
+            kick: self.kicks.get(usize::from(qid)).cloned().flatten(),
             stats: self.queues.cq_stats(qid),
         };
         let token = self.begin(sqe, poller, AdminKind::CreateCq(qid));
