@@ -195,7 +195,7 @@ pub fn main() -> ExitCode {
         let disks: usize = config.controllers.iter().map(|c| c.namespaces.len()).sum();
         let _ = writeln!(
             std::io::stdout(),
-            "ok: {} controllers with {disks} namespaces on {} pollers",
+            "ok: controllers: {}, namespaces: {disks}, pollers: {}",
             config.controllers.len(),
             config.pollers.len()
         );

@@ -196,7 +196,7 @@ fn a_file_is_checked_with_its_lines() {
     let out = run(&args);
     assert_eq!(
         text(&out.stdout),
-        "ok: 1 controllers with 1 namespaces on 1 pollers\n"
+        "ok: controllers: 1, namespaces: 1, pollers: 1\n"
     );
     assert!(out.status.success() && !socket.exists());
 }

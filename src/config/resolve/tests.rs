@@ -396,3 +396,34 @@ fn twins_are_refused() {
     }
     assert!(resolve_text(&two(a, b, MEMORY)).is_ok());
 }
+
+#[test]
+fn the_example_is_good_also_with_what_is_commented_out() {
+    let text = include_str!("../../../docs/example.toml");
+    let c = resolve_text(text).unwrap();
+    assert_eq!(c.controllers[0].namespaces.len(), 2);
+    // Each commented-out key exists: uncommented, none is unknown.
+    let (keys, danger) = text.split_once("# For tests only").unwrap();
+    let keys = keys.lines().filter_map(|l| {
+        let (key, value) = l.strip_prefix("# ")?.split_once(" = ")?;
+        (!key.contains(' ') && !key.starts_with('{')).then_some((key, value))
+    });
+    let mut seen = 0;
+    for (key, value) in keys {
+        let line = format!("{key} = {value}");
+        let one = text.replacen(&format!("# {line}"), &line, 1);
+        if let Err(e) = resolve_text(&one) {
+            assert!(!e.contains("unknown field"), "{e}");
+        }
+        seen += 1;
+    }
+    assert!(seen > 20, "{seen}");
+    let danger: String = danger
+        .lines()
+        .filter_map(|l| l.strip_prefix("# "))
+        .map(|l| format!("{l}\n"))
+        .collect();
+    let c = resolve_text(&format!("{text}\n{danger}")).unwrap();
+    let zone = c.controllers[0].namespaces[1].danger_zone.as_ref();
+    assert_eq!(zone.map(|z| z.fault.len()), Some(1));
+}
