@@ -45,7 +45,7 @@ for depth in 1 2 8 32 64; do
 	case $depth in 8 | 64) engine=io_uring ;; esac
 	job_file "$depth" "$engine" >"/tmp/qd$depth.fio"
 	start=$SECONDS
-	if timeout 60 fio --output="/tmp/qd$depth.out" "/tmp/qd$depth.fio"; then
+	if timeout 150 fio --output="/tmp/qd$depth.out" "/tmp/qd$depth.fio"; then
 		pass "qd$depth ($engine, $((SECONDS - start)) s)"
 	else
 		fail "qd$depth" "fio with $engine ended with status $?"
