@@ -39,7 +39,7 @@ guest_passes() {
 	case $rc in
 	0) ;;
 	124) broken "the guest did not end in time" ;;
-	125) broken "the guest died: $(tail -n 1 "$VM_OUT/qemu.log")" ;;
+	125) broken "the guest died: $(grep -ahE 'panic|qemu-system' "$VM_OUT/console.log" "$VM_OUT/qemu.log" | sed -n 1p)" ;;
 	*) broken "$(grep -aE '^FAIL' "$VM_OUT/console.log" | tr -d '\r' | cut -c 1-200 | sed -n 1p)" ;;
 	esac
 }
