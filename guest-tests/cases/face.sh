@@ -16,7 +16,7 @@ _refuses() {
 }
 
 refusals_case() {
-	local s=$CASE_DIR/s
+	local s=$CASE_DIR/s name
 	_refuses 'namespace' --socket-path "$s"
 	_refuses 'size' --socket-path "$s" --namespace memory
 	_refuses 'bytes|size' --socket-path "$s" --namespace memory,size=0
@@ -28,8 +28,8 @@ refusals_case() {
 	_refuses '9999' --socket-path "$s" --namespace memory,size=1M --cores 9999
 	printf '[[controller]]\nsocket-path = "%s"\nnamespaze = 1\n' "$s" >"$CASE_DIR/bad.toml"
 	_refuses 'namespaze|line 3|:3' --config "$CASE_DIR/bad.toml"
-	for _ in 1 2; do
-		printf '[[controller]]\nsocket-path = "%s"\n[[controller.namespace]]\nbackend = "null"\nsize = "1G"\n' "$s"
+	for name in one two; do
+		printf '[[controller]]\nname = "%s"\nsocket-path = "%s"\n[[controller.namespace]]\nbackend = "null"\nsize = "1G"\n' "$name" "$s"
 	done >"$CASE_DIR/twice.toml"
 	_refuses 'socket' --config "$CASE_DIR/twice.toml"
 	# a socket that somebody listens on is not taken away
