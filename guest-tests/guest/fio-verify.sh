@@ -34,7 +34,7 @@ job_file() {
 		# enough requests to fill the depth, few enough bytes to be quick under emulation
 		count=$((depth > 32 ? 192 : 96))
 		size=$((bs * count))
-		((size <= 12 << 20)) || size=$((12 << 20))
+		((size <= 6 << 20)) || size=$((6 << 20))
 		((depth < 64 || size >= bs * 32)) || size=$((bs * 32))
 		printf '[bs%d-qd%d]\nstonewall\nbs=%d\nsize=%d\n' "$bs" "$depth" "$bs" "$size"
 	done
