@@ -322,6 +322,9 @@ _apt_conf() {
 		Acquire::Retries "3";
 		Acquire::IndexTargets::deb::DEP-11::DefaultEnabled "false";
 		Acquire::IndexTargets::deb::Contents-deb::DefaultEnabled "false";
+		# A mirror that lags behind serves lists past their date. They are signed all the same, and what they name is checked by
+		# its sum; all that is lost is the promise that nothing newer exists.
+		Acquire::Check-Valid-Until "false";
 		#clear APT::Update::Post-Invoke;
 		#clear APT::Update::Post-Invoke-Success;
 		#clear DPkg::Post-Invoke;
