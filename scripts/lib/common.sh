@@ -332,15 +332,6 @@ _apt_conf() {
 	mv -- "$dir/apt.conf.$$" "$dir/apt.conf"
 }
 
-# A mirror that stands still serves lists that were signed, and have expired since: they are what it has, and as good as
-# they were. Nothing else is forgiven.
-_apt_suite_of_old() {
-	grep -q '^E: Release file for .* is expired' "$1/update.log" || return 1
-	info "the mirror's lists of $2 are old; taking them as they are"
-	sed -i 's/\[signed-by/[check-valid-until=no signed-by/' "$1/sources.list"
-	APT_CONFIG=$1/apt.conf logged "$1/update.log" apt-get update -o APT::Update::Error-Mode=any
-}
-
 # One suite's lists, refreshed when older than 12 hours. Status 1: the mirror does not have it.
 _apt_suite() {
 	local dir=$1 suite=$2 keyring=$3 arch=$4 uri=$_apt_archive lock log start
@@ -354,8 +345,7 @@ _apt_suite() {
 			"$keyring" "$uri" "$suite" "$keyring" "$uri" "$suite" >"$dir/sources.list"
 		start=$(now_us)
 		log=$dir/update.log
-		if ! APT_CONFIG=$dir/apt.conf logged "$log" apt-get update -o APT::Update::Error-Mode=any &&
-			! _apt_suite_of_old "$dir" "$suite"; then
+		if ! APT_CONFIG=$dir/apt.conf logged "$log" apt-get update -o APT::Update::Error-Mode=any; then
 			warn "suite $suite is not to be had from $uri"
 			exec {lock}>&-
 			return 1
