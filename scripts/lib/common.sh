@@ -79,10 +79,20 @@ logged() {
 	return "$rc"
 }
 
+# With what it started: cargo, for one, does not pass the signal on to the tests that it runs.
 _end_child() {
 	kill -0 "$1" 2>/dev/null || return 0
-	kill "$1" 2>/dev/null || true
+	local pid descendants
+	descendants=$(_descendants "$1")
+	for pid in "$1" $descendants; do kill "$pid" 2>/dev/null || true; done
 	wait "$1" 2>/dev/null || true
+}
+_descendants() {
+	local pid
+	for pid in $(cat /proc/"$1"/task/*/children 2>/dev/null); do
+		echo "$pid"
+		_descendants "$pid"
+	done
 }
 
 # exec_strict CMD [ARG...]: becomes CMD. A function runs in a fresh bash with copies of this one's functions and variables, because
