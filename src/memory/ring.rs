@@ -183,6 +183,27 @@ mod tests {
     }
 
     #[test]
+    fn whoever_sees_the_last_word_sees_the_first() {
+        // A completion queue of one entry, over and over: the two halves carry the same number, the second publishes it.
+        let map = map();
+        let ring = Ring::<2>::new(&map, 0x1000, 1).unwrap();
+        std::thread::scope(|s| {
+            s.spawn(move || (1..=200_000u64).for_each(|n| ring.write(0, [n, n])));
+            let theirs = Ring::<2>::new(&map, 0x1000, 1).unwrap();
+            let mut last = 0;
+            while last < 200_000 {
+                let [first, second] = theirs.read_published(0);
+                assert!(
+                    first >= second,
+                    "the first half {first} is older than {second}, which published it"
+                );
+                assert!(second >= last, "published values went back");
+                last = second;
+            }
+        });
+    }
+
+    #[test]
     fn words_are_aligned_and_inside() {
         let map = map();
         assert!(SharedWord::in_guest(&map, 0x1002).is_none());
