@@ -88,8 +88,9 @@ _end_child() {
 	wait "$1" 2>/dev/null || true
 }
 _descendants() {
-	local pid
-	for pid in $(cat /proc/"$1"/task/*/children 2>/dev/null); do
+	local pid children
+	children=$(cat /proc/"$1"/task/*/children 2>/dev/null) || return 0
+	for pid in $children; do
 		echo "$pid"
 		_descendants "$pid"
 	done
