@@ -148,13 +148,7 @@ impl Served {
         let done = Done::of(slot, status);
         if let Some(token) = slot.abort.take() {
             let aborted = status == Status::ABORT_REQUESTED;
-            self.at.sink.reply(
-                self.poller,
-                super::message::Reply {
-                    token,
-                    result: Ok(aborted),
-                },
-            );
+            self.reply(token, Ok(aborted));
         }
         let mute = slot.mute;
         core.slots.release(tag);
