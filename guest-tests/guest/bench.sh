@@ -39,6 +39,8 @@ done
 for ((round = 1; round <= rounds; round++)); do
 	echo "round $round of $rounds, up $(cut -d ' ' -f 1 /proc/uptime) s"
 	for case in "${cases[@]}"; do
+		# Another one begins each time: none has always the same neighbour, or the guest as the last left it.
+		devices=("${devices[@]:1}" "${devices[0]}")
 		for device in "${devices[@]}"; do
 			file=$out/${device%%=*}.$case.$round.json
 			if ! timeout $((seconds + 60)) fio --output="$file" --output-format=json --name="$case" --filename="${device#*=}" --direct=1 \
@@ -52,7 +54,7 @@ for ((round = 1; round <= rounds; round++)); do
 	done
 done
 
-# name, case, median of IOPS / p50 / p99 over the rounds
+# name, case, median of IOPS / p50 / p99 in us over the rounds, least and most IOPS; mean / p50 / p99 / p99.9 in ns
 for case in "${cases[@]}"; do
 	for device in "${devices[@]}"; do
 		name=${device%%=*}
@@ -62,11 +64,13 @@ for case in "${cases[@]}"; do
 			| [$name, $case, (map(.iops) | median | floor),
 			   (map(.clat_ns.percentile["50.000000"] / 1000) | median | floor),
 			   (map(.clat_ns.percentile["99.000000"] / 1000) | median | floor),
-			   (map(.iops) | min | floor), (map(.iops) | max | floor)] | @tsv' "$out/$name.$case".*.json
+			   (map(.iops) | min | floor), (map(.iops) | max | floor),
+			   (map(.clat_ns.mean) | median | floor), (map(.clat_ns.percentile["50.000000"]) | median),
+			   (map(.clat_ns.percentile["99.000000"]) | median), (map(.clat_ns.percentile["99.900000"]) | median)] | @tsv' "$out/$name.$case".*.json
 	done
 done >$out/summary.tsv
 printf '%-24s %-13s %9s %9s %9s %9s %9s\n' device 'fio 4k' IOPS 'p50 us' 'p99 us' 'min IOPS' 'max IOPS'
-while IFS=$'\t' read -r name case iops p50 p99 min max; do
+while IFS=$'\t' read -r name case iops p50 p99 min max _; do
 	printf '%-24s %-13s %9d %9d %9d %9d %9d\n' "$name" "$case" "$iops" "$p50" "$p99" "$min" "$max"
 done <$out/summary.tsv
 echo "PASS bench (${#devices[@]} devices, $rounds rounds of $seconds s)"

@@ -1,23 +1,26 @@
 # shellcheck shell=bash
 # bench_guest.sh - `scripts/bench guest`: what a guest sees of its disks, side by side. Sourced by scripts/bench.
 
-kernel=6.12 seconds=4 rounds=5 out='' filter=''
+kernel=6.12 seconds=4 rounds=5 out='' filter='' json=''
 
 bench_guest_usage() {
 	cat <<-USAGE
-		usage: scripts/bench guest [--out DIR] [--seconds S] [--rounds N] [--kernel K] [--only REGEX]
+		usage: scripts/bench guest [--out DIR] [--seconds S] [--rounds N] [--kernel K] [--only REGEX] [--json FILE]
 
 		One guest with two vCPUs, and in it, in interleaved rounds, fio with 4 KiB random reads and writes at depth 1 and 32 on
 
 		  ours: null, memory, file on tmpfs
 		  QEMU's own nvme: null-co, and a file on tmpfs with aio=threads, native and io_uring
 		  QEMU's virtio-blk with an iothread: null-co, and the same file
+		  vhost-user-blk, served by qemu-storage-daemon: null-co, and the same file with aio=native and io_uring
 
 		  --out DIR     where report.md, report.json and fio's own JSON go (default: target/bench/<time>)
 		  --seconds S   length of each run (default: $seconds)
 		  --rounds N    rounds (default: $rounds); medians are of the rounds, spread is (max - min) / median
 		  --kernel K    6.1, 6.12 or 7.x (default: $kernel)
 		  --only REGEX  only the devices whose label matches
+		  --json FILE   the rows as JSON, one object each: transport, namespace, operation, block_size, depth, iops, avg_ns,
+		                p50_ns, p99_ns, p999_ns, medians of the rounds
 		  --help        this text
 	USAGE
 }
@@ -25,7 +28,7 @@ bench_guest_usage() {
 while (($#)); do
 	case $1 in
 	--help | -h) bench_guest_usage && exit 0 ;;
-	--out | --seconds | --rounds | --kernel | --only)
+	--out | --seconds | --rounds | --kernel | --only | --json)
 		(($# > 1)) || fail "$1 needs a value"
 		case $1 in
 		--out) out=$2 ;;
@@ -33,6 +36,7 @@ while (($#)); do
 		--rounds) rounds=$2 ;;
 		--kernel) kernel=$2 ;;
 		--only) filter=$2 ;;
+		--json) json=$2 ;;
 		esac
 		shift
 		;;
@@ -43,6 +47,7 @@ done
 [[ $seconds =~ ^[1-9][0-9]{0,2}$ && $rounds =~ ^[1-9][0-9]?$ ]] || fail "--seconds and --rounds take small numbers"
 [[ " ${GUEST_SERIES[*]} " == *" $kernel "* ]] || fail "unknown kernel '$kernel' (there are: ${GUEST_SERIES[*]})"
 [[ -n $out ]] || out=$(cargo_target)/bench/$(date -u +%Y%m%d-%H%M%S)
+[[ -z $json ]] || { : >"$json" && json=$(realpath -- "$json"); } || fail "cannot write '$json'"
 mkdir -p -- "$out"
 out=$(cd -- "$out" && pwd)
 
@@ -76,6 +81,23 @@ put() {
 }
 node() { echo "driver=raw,node-name=$1,file.driver=file,file.locking=off,file.filename=$shm/disk,cache.direct=on,file.cache.direct=on,file.aio=$2"; }
 
+# vhost_user_blk LABEL BLOCKDEV: a device of the guest, and its qemu-storage-daemon, both with a queue for each vCPU as ours have
+vhost_user_blk() {
+	local socket=$dir/$1.sock end
+	wanted "$1" || return 0
+	"${qemu%/*}/qemu-storage-daemon" --blockdev "$2,node-name=disk" \
+		--export "type=vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path=$socket,writable=on,num-queues=2" \
+		>"$dir/$1.log" 2>&1 </dev/null &
+	on_exit _end_child $!
+	end=$(($(now_us) + 20000000))
+	until socket_listens "$socket"; do
+		kill -0 $! 2>/dev/null || fail "qemu-storage-daemon ended at its start: $(tail -n 1 -- "$dir/$1.log")"
+		(($(now_us) < end)) || fail "qemu-storage-daemon does not listen after 20 s"
+		sleep 0.05
+	done
+	put "$1" "vhost-user-blk-pci,chardev=$1,num-queues=2" -chardev "socket,id=$1,path=$socket"
+}
+
 {
 	for backend in null memory file; do
 		printf '[[controller]]\nsocket-path = "%s"\n[[controller.namespace]]\nbackend = "%s"\n' "$dir/$backend.sock" "$backend"
@@ -92,6 +114,10 @@ done
 put virtio-blk-null virtio-blk-pci,drive=vb-null,iothread=io0 -object iothread,id=io0 \
 	-blockdev driver=null-co,node-name=vb-null,size=536870912,read-zeroes=off
 put virtio-blk-file virtio-blk-pci,drive=vb-file,iothread=io1 -object iothread,id=io1 -blockdev "$(node vb-file native)"
+vhost_user_blk vhost-user-blk-null driver=null-co,size=536870912,read-zeroes=off
+for aio in native io_uring; do
+	vhost_user_blk "vhost-user-blk-file-$aio" "$(node disk "$aio" | sed 's/,node-name=disk//')"
+done
 ((${#labels[@]})) || fail "no device matches '$filter'"
 
 step "daemon"
@@ -128,7 +154,7 @@ commit=$(git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)$dirty
 memory=memfd
 if grep -q hugetlb=on "$dir/vm/command"; then memory='huge pages'; fi
 
-# summary.tsv: name, case, median IOPS, p50, p99, min, max
+# summary.tsv: name, case, median IOPS, p50, p99, min, max; then in nanoseconds mean, p50, p99, p99.9
 awk -F '\t' -v accel="$accel" -v commit="$commit" -v cpu="$cpu" -v cores="$(nproc)" -v host="$(uname -r)" \
 	-v guest="$GUEST_RELEASE" -v qemu="$("$qemu" --version | sed -n 1p)" -v seconds="$seconds" -v rounds="$rounds" \
 	-v memory="$memory" '
@@ -141,6 +167,22 @@ awk -F '\t' -v accel="$accel" -v commit="$commit" -v cpu="$cpu" -v cores="$(npro
 		printf "%s\n  {\"device\": %s, \"case\": %s, \"iops\": %d, \"p50_us\": %d, \"p99_us\": %d, \"iops_min\": %d, \"iops_max\": %d}", (NR > 1 ? "," : ""), quoted($1), quoted($2), $3, $4, $5, $6, $7
 	}
 	END { print "\n ]\n}" }' "$out/summary.tsv" >"$out/report.json"
+
+# LABEL is TRANSPORT-NAMESPACE, CASE is OPERATION-DEPTH
+if [[ -n $json ]]; then
+	awk -F '\t' '
+		BEGIN { printf "[" }
+		{
+			transport = $1; namespace = $1
+			sub(/-(null|memory|file).*/, "", transport)
+			namespace = substr($1, length(transport) + 2)
+			split($2, kase, "-")
+			if (transport == "ours") transport = "vhost-user-nvme"
+			printf "%s\n {\"transport\": \"%s\", \"namespace\": \"%s\", \"operation\": \"%s\", \"block_size\": 4096, \"depth\": %d,", (NR > 1 ? "," : ""), transport, namespace, kase[1], kase[2]
+			printf " \"iops\": %d, \"avg_ns\": %d, \"p50_ns\": %d, \"p99_ns\": %d, \"p999_ns\": %d}", $3, $8, $9, $10, $11
+		}
+		END { print "\n]" }' "$out/summary.tsv" >"$json"
+fi
 
 {
 	cat <<-HEAD
@@ -187,10 +229,11 @@ awk -F '\t' -v accel="$accel" -v commit="$commit" -v cpu="$cpu" -v cores="$(npro
 			print "| ours / theirs" head
 			ratio("null / QEMU nvme on null-co", "ours-null", "^qemu-nvme-null$")
 			ratio("null / virtio-blk on null-co", "ours-null", "^virtio-blk-null$")
-			ratio("memory / QEMU nvme on null-co", "ours-memory", "^qemu-nvme-null$")
+			ratio("null / vhost-user-blk on null-co", "ours-null", "^vhost-user-blk-null$")
 			ratio("memory / QEMU nvme on the file", "ours-memory", "^qemu-nvme-file")
 			ratio("file / QEMU nvme on the file", "ours-file", "^qemu-nvme-file")
 			ratio("file / virtio-blk on the file", "ours-file", "^virtio-blk-file$")
+			ratio("file / vhost-user-blk on the file", "ours-file", "^vhost-user-blk-file")
 			print "\nCompletion latency in microseconds, median of the rounds: p50 / p99.\n"
 			print "| device" head
 			for (i = 1; i <= n; i++) late(names[i])
