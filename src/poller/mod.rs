@@ -8,6 +8,7 @@ mod cq;
 mod lifecycle;
 mod mailbox;
 pub mod message;
+mod quiet;
 mod run;
 mod served;
 pub(crate) mod sleep;

@@ -346,6 +346,11 @@ impl Served {
         self.admin.is_some() || self.sqs.iter().flatten().any(|sq| !sq.bell.has_shadow())
     }
 
+    /// Whether the guest can ring without waking anybody.
+    pub fn is_mapped(&self) -> bool {
+        self.at.doorbells == DoorbellMode::Mapped && self.has_unshadowed()
+    }
+
     /// Ask the guest to ring for everything we wait for. A full fence and [`Self::has_work`] must follow.
     pub fn arm(&self) {
         for sq in self.sqs.iter().flatten() {

@@ -10,15 +10,13 @@ use nvme_spec::Status;
 
 use super::mailbox::Mailbox;
 use super::message::{Attachment, ControllerKey, DoorbellMode, Message, PollerEvent, Reply};
+use super::quiet::Quiet;
 use super::run::Core;
 use super::served::Served;
 use super::sleep::Bed;
 use super::stats::PollerStats;
 use super::{IdlePolicy, PollerConfig};
 use crate::backend::Channel as _;
-
-/// Passes between two looks at the clock.
-const PASSES_PER_TICK: u32 = 64;
 
 /// How often reports are allowed again and the load is judged.
 const TICK: Duration = Duration::from_millis(10);
@@ -29,6 +27,10 @@ const BUSY_BATCHES: u32 = 64;
 /// How long a poller naps that has to look at mapped doorbells while it waits for them to be trapped.
 const NAP: Duration = Duration::from_millis(1);
 
+/// How long it looks on, at least, while doorbells are mapped because another poller wants them so: until it naps, a ring is
+/// seen at once.
+const MAPPED_QUIET: Duration = Duration::from_millis(10);
+
 pub(super) struct Thread {
     index: usize,
     config: PollerConfig,
@@ -38,8 +40,7 @@ pub(super) struct Thread {
     // Controllers before the core: their channels end all use of the slots' segments.
     served: Vec<Option<Served>>,
     core: Core,
-    /// The first of the empty passes we are in, if we are.
-    idle_since: Option<Instant>,
+    quiet: Quiet,
     last_tick: Instant,
 }
 
@@ -52,6 +53,7 @@ impl Thread {
     ) -> io::Result<Self> {
         let mut bed = Bed::new()?;
         bed.add_edge(mailbox.wake())?;
+        let now = Instant::now();
         Ok(Self {
             index,
             core: Core::new(config.slots),
@@ -60,28 +62,25 @@ impl Thread {
             bed,
             stats,
             served: Vec::new(),
-            idle_since: None,
-            last_tick: Instant::now(),
+            quiet: Quiet::new(now),
+            last_tick: now,
         })
     }
 
     /// Run until told to stop.
     pub fn run(mut self) {
-        let mut passes = 0u32;
         loop {
             if self.mailbox.has_mail() && self.read_mail() {
                 return;
             }
             self.stats.passes.add(1);
-            if self.pass() {
-                self.idle_since = None;
-                passes = passes.wrapping_add(1);
-                if passes.is_multiple_of(PASSES_PER_TICK) {
-                    self.tick(Instant::now());
-                }
-            } else {
+            let busy = self.pass();
+            if !busy {
                 self.stats.empty.add(1);
-                self.rest();
+            }
+            let enough = self.quiet.passed(busy) && self.look_at_clock();
+            if !busy && (enough || self.config.idle == IdlePolicy::Interrupt) {
+                self.sleep();
             }
         }
     }
@@ -99,20 +98,20 @@ impl Thread {
         busy
     }
 
-    /// Nothing to do just now: look again, or sleep.
-    fn rest(&mut self) {
+    /// Look at the clock, after some passes; whether nothing happened for so long that the policy has us sleep.
+    fn look_at_clock(&mut self) -> bool {
         let now = Instant::now();
-        let since = *self.idle_since.get_or_insert(now);
+        let quiet = self.quiet.look(now);
         self.tick(now);
-        let look_again = match self.config.idle {
-            IdlePolicy::Poll => self.served.iter().flatten().any(Served::has_queues),
-            IdlePolicy::Adaptive => now.duration_since(since) < self.config.poll_for,
-            IdlePolicy::Interrupt => false,
-        };
-        if look_again {
-            std::hint::spin_loop();
-        } else {
-            self.sleep();
+        match self.config.idle {
+            IdlePolicy::Poll => !self.served.iter().flatten().any(Served::has_queues),
+            IdlePolicy::Adaptive => {
+                let others_want_mapped = self.served.iter().flatten().any(|served| {
+                    served.is_mapped() && served.wanted == Some(DoorbellMode::Trapped)
+                });
+                quiet >= self.config.poll_for && (!others_want_mapped || quiet >= MAPPED_QUIET)
+            }
+            IdlePolicy::Interrupt => true,
         }
     }
 
@@ -120,7 +119,7 @@ impl Thread {
     fn sleep(&mut self) {
         let mut limit = None;
         for served in self.served.iter_mut().flatten() {
-            if served.at.doorbells == DoorbellMode::Mapped && served.has_unshadowed() {
+            if served.is_mapped() {
                 if served.wanted != Some(DoorbellMode::Trapped) {
                     served.wanted = Some(DoorbellMode::Trapped);
                     served.event(PollerEvent::Wants(DoorbellMode::Trapped));
@@ -137,8 +136,8 @@ impl Thread {
             return;
         }
         self.stats.sleeps.add(1);
-        // `idle_since` stays: whoever is woken for nothing goes back to sleep at once.
         self.bed.sleep(limit);
+        self.quiet.slept();
     }
 
     /// Judge the load, now and then.
