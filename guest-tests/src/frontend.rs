@@ -6,7 +6,7 @@ use std::ops::Deref;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::{Ordering, compiler_fence, fence};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -289,7 +289,18 @@ impl Link {
     ///
     /// The daemon refused it.
     pub fn add_memory(&self, gpa: u64, len: u64) -> Result<Arc<MemoryRegion>, FrontEndError> {
-        let region = MemoryRegion::new(gpa, len)?;
+        self.add_region(MemoryRegion::new(gpa, len)?)
+    }
+
+    /// Plug memory that the caller made.
+    ///
+    /// # Errors
+    ///
+    /// The daemon refused it.
+    pub fn add_region(
+        &self,
+        region: Arc<MemoryRegion>,
+    ) -> Result<Arc<MemoryRegion>, FrontEndError> {
         message(
             "ADD_MEM_REG",
             self.socket.clone().add_mem_region(&info(&region)),
@@ -431,6 +442,22 @@ impl GuestBell {
         if let Some(mut kick) = self.kick.as_ref() {
             // It is full only if it is signalled already.
             let _ = kick.write(&1u64.to_ne_bytes());
+        }
+    }
+}
+
+impl GuestBell {
+    /// As [`Doorbell::ring`], as cheap as a guest does it: with mapped doorbells one plain store. The fence that is missing is made by
+    /// whoever unmaps them, where the kernel lets it (`membarrier`).
+    #[inline]
+    pub fn ring_plainly(&self, value: u32) {
+        self.word.store(value);
+        compiler_fence(Ordering::SeqCst);
+        if !self.doorbells.mapped_for_plain_rings() {
+            fence(Ordering::SeqCst);
+            if !self.doorbells.mapped() {
+                self.kick();
+            }
         }
     }
 }

@@ -9,6 +9,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use rustix::thread::{MembarrierCommand, membarrier};
 use vhost::vhost_user::message::{VhostUserMMap, VhostUserMMapFlags};
 use vhost::vhost_user::{FrontendReqHandler, HandlerResult, VhostUserFrontendReqHandler};
 use vhost_user_nvme::driver::dma::Mapping;
@@ -23,6 +24,8 @@ pub(crate) struct Doorbells {
     came: Condvar,
     /// Whether the guest reaches the window without an exit.
     mapped: AtomicBool,
+    /// The same, and whoever unmaps it makes every thread of this process do a full fence.
+    mapped_plainly: AtomicBool,
     switches: AtomicU64,
     /// Requests are answered with an error from now on.
     refuse: AtomicBool,
@@ -34,6 +37,12 @@ impl Doorbells {
     #[inline]
     pub(crate) fn mapped(&self) -> bool {
         self.mapped.load(Ordering::Relaxed)
+    }
+
+    /// As [`Self::mapped`], for those who made no fence. Where the kernel cannot make ours for them it is never true.
+    #[inline]
+    pub(crate) fn mapped_for_plain_rings(&self) -> bool {
+        self.mapped_plainly.load(Ordering::Relaxed)
     }
 
     /// How often the mode changed.
@@ -62,6 +71,16 @@ impl Doorbells {
 
     fn set_mapped(&self, mapped: bool) {
         self.mapped.store(mapped, Ordering::Relaxed);
+        if mapped {
+            // Registering again is as good as the first time.
+            let light = membarrier(MembarrierCommand::RegisterPrivateExpedited).is_ok();
+            self.mapped_plainly.store(light, Ordering::Relaxed);
+        } else if self.mapped_plainly.swap(false, Ordering::Relaxed) {
+            // Cannot fail once it is registered. After it, every thread either sees that the window is unmapped or has made its
+            // stores visible.
+            let fenced = membarrier(MembarrierCommand::PrivateExpedited);
+            debug_assert!(fenced.is_ok(), "a barrier that was registered: {fenced:?}");
+        }
         self.switches.fetch_add(1, Ordering::Relaxed);
         fence(Ordering::SeqCst);
     }

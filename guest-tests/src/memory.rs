@@ -25,7 +25,15 @@ impl MemoryRegion {
     ///
     /// What the kernel says when memory runs out.
     pub fn new(gpa: u64, len: u64) -> io::Result<Arc<Self>> {
-        let file = shared_memory("guest-memory", len)?;
+        Self::over(shared_memory("guest-memory", len)?, gpa, len)
+    }
+
+    /// The first `len` bytes of a file that can be shared: a memfd, of any pages.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says when it cannot be mapped.
+    pub fn over(file: File, gpa: u64, len: u64) -> io::Result<Arc<Self>> {
         let bytes = usize::try_from(len).map_err(io::Error::other)?;
         let pool = DmaPool::new(Mapping::map(&file, 0, bytes, gpa)?)?;
         Ok(Arc::new(Self {
