@@ -136,6 +136,7 @@ impl Actor {
         self.pending.forget_admin();
         self.queues.clear();
         self.features.reset(&self.shared.info);
+        self.set_coalescing();
         self.events = super::admin::events::Events::default();
         if let Some(drain) = &mut self.drain {
             // A reset is under way: nothing has been set up since.

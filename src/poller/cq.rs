@@ -2,11 +2,13 @@
 
 use std::fs::File;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use nvme_spec::ring::{Phase, RingSize};
 use nvme_spec::{Cqe, StatusField};
 
 use super::bell::Bell;
+use super::interrupt::{Interrupts, Verdict};
 use super::message::Vector;
 use super::stats::QueueStats;
 use crate::memory::Ring;
@@ -32,8 +34,7 @@ pub(super) struct Cq {
     head: u16,
     /// Commands that were fetched and have not completed.
     owed: u32,
-    /// Entries posted since the last interrupt.
-    unsignalled: bool,
+    interrupts: Interrupts,
     /// The guest wrote a head that cannot be; nothing is fetched for this queue any more.
     pub broken: bool,
 }
@@ -57,7 +58,7 @@ impl Cq {
             phase: Phase::from_bit(true),
             head: 0,
             owed: 0,
-            unsignalled: false,
+            interrupts: Interrupts::default(),
             broken: false,
         }
     }
@@ -87,6 +88,7 @@ impl Cq {
             return Ok(());
         }
         let value = self.bell.load();
+        self.interrupts.saw(value);
         let posted = self.size.distance(self.head, self.tail);
         match self.size.index(value) {
             Some(head) if self.size.distance(self.head, head) <= posted => {
@@ -118,21 +120,50 @@ impl Cq {
         cqe.status = status.with_p(self.phase.bit());
         ring.write(u32::from(self.tail), cqe.to_halves());
         (self.tail, self.phase) = self.size.next_with_phase(self.tail, self.phase);
-        self.unsignalled = true;
+        self.interrupts.posted();
     }
 
-    /// Interrupt the guest if something was posted since the last time.
+    /// Interrupt the guest if it has to be. Returns when it will be at the latest, if that has to wait; somebody has to
+    /// call again in the next pass then, and at that time. `grace`: see [`Interrupts::step`].
     #[inline]
-    pub fn signal(&mut self) {
-        if !std::mem::take(&mut self.unsignalled) {
-            return;
+    pub fn signal(&mut self, grace: Duration) -> Option<Instant> {
+        if !self.interrupts.waiting() {
+            return None;
         }
-        if let Some(vector) = &self.vector {
-            self.stats.interrupts.add(1);
-            if let Err(error) = vector.signal() {
-                tracing::debug!(cq = self.qid, %error, "interrupt not delivered");
+        let Some(vector) = &self.vector else {
+            self.interrupts.forget();
+            return None;
+        };
+        let value = self.bell.load();
+        let mut unread = u32::MAX;
+        if let Some(head) = self.size.index(value) {
+            unread = self.size.distance(head, self.tail);
+            if !self.broken && unread <= self.size.distance(self.head, self.tail) {
+                // It spares the next `reserve` its look.
+                self.head = head;
+                self.bell.suppress(head);
             }
         }
+        let (verdict, spared) =
+            self.interrupts
+                .step(value, unread, vector.coalescing(), grace, Instant::now);
+        self.stats.suppressed.add(spared);
+        match verdict {
+            Verdict::Settled => None,
+            Verdict::Wait(until) => Some(until),
+            Verdict::Signal => {
+                self.stats.interrupts.add(1);
+                if let Err(error) = vector.signal() {
+                    tracing::debug!(cq = self.qid, %error, "interrupt not delivered");
+                }
+                None
+            }
+        }
+    }
+
+    /// Whether commands wait for the guest to make room here.
+    pub fn is_full(&self) -> bool {
+        !self.broken && self.ring.is_some() && self.room() == 0
     }
 
     /// The head as of the last look.

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::interrupt::GRACE;
 use super::run::Core;
 use super::served::{Served, Waiting};
 use super::sq::{MAX_ABORTS_WAITING, State};
@@ -22,7 +23,7 @@ impl Served {
             Some((tag, namespace, false)) => match self.cancel(tag, namespace) {
                 Cancelled::Gone => {
                     self.complete(core, tag, Status::ABORT_REQUESTED);
-                    self.signal();
+                    self.signal(GRACE);
                     self.reply(token, Ok(true));
                 }
                 Cancelled::ResultComes => {
@@ -81,7 +82,7 @@ impl Served {
                 self.complete(core, tag, Status::ABORT_REQUESTED);
             }
         }
-        self.signal();
+        self.signal(GRACE);
     }
 
     /// Stop everything. What is out is cancelled where it can be, and finishes without being told.

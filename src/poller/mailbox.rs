@@ -3,16 +3,60 @@
 use std::fs::File;
 use std::io::{self, Write as _};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering, fence};
 
 use crossbeam_channel::{Receiver, Sender};
 use crossbeam_utils::CachePadded;
 use rustix::event::{EventfdFlags, eventfd};
 
+use super::idle::Word;
 use super::message::Message;
 
+/// Put something into a queue, and raise the flag that says so; whether it could be put in.
+pub(super) fn post<W: Word>(flag: &W, push: impl FnOnce() -> bool) -> bool {
+    let done = push();
+    if done {
+        // In `take` it is the other way round: the flag, a fence, the queue.
+        W::full_fence();
+        flag.store(1);
+    }
+    done
+}
+
+/// Take something out of a queue. With `None` the flag is down, and raised again by whatever is put in later.
+pub(super) fn take<T, W: Word>(flag: &W, mut pop: impl FnMut() -> Option<T>) -> Option<T> {
+    if let Some(item) = pop() {
+        return Some(item);
+    }
+    flag.store(0);
+    // One may have come between the look and the store, with its flag lost to it.
+    W::full_fence();
+    let late = pop();
+    if late.is_some() {
+        flag.store(1);
+    }
+    late
+}
+
+impl Word for AtomicU32 {
+    #[inline]
+    fn load(&self) -> u32 {
+        AtomicU32::load(self, Ordering::Acquire)
+    }
+
+    #[inline]
+    fn store(&self, value: u32) {
+        AtomicU32::store(self, value, Ordering::Release);
+    }
+
+    #[inline]
+    fn full_fence() {
+        fence(Ordering::SeqCst);
+    }
+}
+
 struct Flag {
-    mail: CachePadded<AtomicBool>,
+    mail: CachePadded<AtomicU32>,
     wake: File,
 }
 
@@ -33,7 +77,7 @@ pub(super) struct Mailbox {
 pub(super) fn mailbox() -> io::Result<(Sending, Mailbox)> {
     let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
     let flag = Arc::new(Flag {
-        mail: CachePadded::new(AtomicBool::new(false)),
+        mail: CachePadded::new(AtomicU32::new(0)),
         wake: wake.into(),
     });
     let (tx, rx) = crossbeam_channel::unbounded();
@@ -49,8 +93,7 @@ pub(super) fn mailbox() -> io::Result<(Sending, Mailbox)> {
 impl Sending {
     /// Put a message in and wake the poller. Nothing happens if it has ended.
     pub fn send(&self, message: Message) {
-        if self.queue.send(message).is_ok() {
-            self.flag.mail.store(true, Ordering::SeqCst);
+        if post(&*self.flag.mail, || self.queue.send(message).is_ok()) {
             // Full is as good as signalled.
             let _ = (&self.flag.wake).write(&1u64.to_ne_bytes());
         }
@@ -61,23 +104,12 @@ impl Mailbox {
     /// Whether there is mail.
     #[inline]
     pub fn has_mail(&self) -> bool {
-        self.flag.mail.load(Ordering::SeqCst)
+        Word::load(&*self.flag.mail) != 0
     }
 
     /// The next message. After `None`, a later message raises the flag again.
     pub fn next(&self) -> Option<Message> {
-        match self.queue.try_recv() {
-            Ok(message) => Some(message),
-            Err(_) => {
-                self.flag.mail.store(false, Ordering::SeqCst);
-                // One may have come between the look and the store, with its flag lost to it.
-                let late = self.queue.try_recv().ok();
-                if late.is_some() {
-                    self.flag.mail.store(true, Ordering::SeqCst);
-                }
-                late
-            }
-        }
+        take(&*self.flag.mail, || self.queue.try_recv().ok())
     }
 
     /// What wakes the poller.

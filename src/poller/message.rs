@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{self, Write as _};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, Ordering};
 
 use arc_swap::ArcSwapOption;
 use nvme_spec::Status;
@@ -10,6 +11,7 @@ use nvme_spec::doorbell::DoorbellStride;
 use nvme_spec::ring::RingSize;
 use rustix::fs::OFlags;
 
+use super::interrupt::Coalescing;
 use super::stats::{NamespaceStats, QueueStats};
 use crate::io::Namespace;
 use crate::memory::{DoorbellWindow, GuestMap};
@@ -46,6 +48,8 @@ pub struct Attachment {
 #[derive(Default)]
 pub struct Vector {
     call: ArcSwapOption<File>,
+    /// [`Coalescing`], the time in the high byte.
+    coalescing: AtomicU16,
 }
 
 impl Vector {
@@ -60,6 +64,19 @@ impl Vector {
             tracing::warn!(%error, "cannot make an interrupt's eventfd non-blocking");
         }
         self.call.store(eventfd.map(Arc::new));
+    }
+
+    /// Delay interrupts like this from now on.
+    pub fn set_coalescing(&self, coalescing: Coalescing) {
+        let bits = u16::from_le_bytes([coalescing.thr_z, coalescing.time]);
+        self.coalescing.store(bits, Ordering::Relaxed);
+    }
+
+    /// How interrupts are delayed.
+    #[inline]
+    pub fn coalescing(&self) -> Coalescing {
+        let [thr_z, time] = self.coalescing.load(Ordering::Relaxed).to_le_bytes();
+        Coalescing { thr_z, time }
     }
 
     /// Signal it.

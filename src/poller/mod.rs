@@ -5,6 +5,8 @@
 
 mod bell;
 mod cq;
+mod idle;
+mod interrupt;
 mod lifecycle;
 mod mailbox;
 pub mod message;
@@ -18,8 +20,11 @@ pub mod stats;
 mod thread;
 
 #[cfg(test)]
+mod models;
+#[cfg(test)]
 mod tests;
 
+pub use interrupt::Coalescing;
 pub use message::{
     Attachment, ControlSink, ControllerKey, CqConfig, DoorbellMode, IoFailure, Message,
     PollerEvent, Reply, ShadowConfig, SqConfig, Vector,

@@ -8,6 +8,7 @@
 use nvme_spec::{Cqe, Sqe, Status, StatusField};
 
 use super::cq::Cq;
+use super::interrupt::GRACE;
 use super::message::{IoFailure, PollerEvent};
 use super::served::Served;
 use super::slot::{Rest, Slot, Slots};
@@ -69,22 +70,11 @@ impl Served {
                 channel.flush();
             }
         }
-        if busy {
-            self.signal();
+        if busy || self.held_back {
+            self.signal(GRACE);
         }
         busy |= self.look_at_admin();
         busy
-    }
-
-    /// One interrupt for each completion queue that has something new.
-    pub fn signal(&mut self) {
-        for i in 0..self.active_cqs.len() {
-            if let Some(qid) = self.active_cqs.get(i).copied()
-                && let Some(cq) = self.cq(qid)
-            {
-                cq.signal();
-            }
-        }
     }
 
     /// Take the results that channels have.

@@ -2,16 +2,19 @@
 
 use std::fs::File;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use nvme_spec::Status;
 use nvme_spec::doorbell::Doorbell;
+use nvme_spec::ring::RingSize;
 
 use super::bell::{Bell, Shadow};
 use super::cq::Cq;
+use super::idle::Awaited;
 use super::message::{
     Attachment, CqConfig, DoorbellMode, IoFailure, PollerEvent, Reply, ShadowConfig, SqConfig,
 };
-use super::sq::Sq;
+use super::sq::{Sq, State};
 use crate::backend::{AnyChannel, OpenError};
 use crate::io::Limits;
 use crate::memory::{GuestMap, Ring, SharedWord};
@@ -57,6 +60,8 @@ pub(super) struct Served {
     pub unsettled: bool,
     /// Commands were handed to channels in this pass.
     pub submitted: bool,
+    /// An interrupt is held back: [`Self::signal`] is to be called in the next pass.
+    pub held_back: bool,
     /// Batches found on queues without shadow doorbells since the last look at the clock.
     pub unshadowed_batches: u32,
     pub reports_left: u32,
@@ -92,6 +97,7 @@ impl Served {
             waiting: Vec::new(),
             unsettled: false,
             submitted: false,
+            held_back: false,
             unshadowed_batches: 0,
             reports_left: REPORTS,
             admin: None,
@@ -123,7 +129,7 @@ impl Served {
 
     /// The doorbell of a queue that is being made, with its shadow, if there is one. Both may still hold what an
     /// earlier queue of this identifier left there; with a new queue they begin at 0.
-    fn bell(&self, doorbell: Doorbell) -> Result<Bell, Status> {
+    fn bell(&self, doorbell: Doorbell, size: RingSize) -> Result<Bell, Status> {
         let offset = self.at.stride.window_offset(doorbell) as usize;
         let register =
             SharedWord::in_window(&self.at.window, offset).ok_or(Status::INVALID_QUEUE_ID)?;
@@ -136,7 +142,7 @@ impl Served {
                 Some(shadow)
             }
         };
-        Ok(Bell::new(register, shadow))
+        Ok(Bell::new(register, shadow, size))
     }
 
     fn shadow_of(&self, config: ShadowConfig, doorbell: Doorbell) -> Result<Shadow, Status> {
@@ -155,7 +161,7 @@ impl Served {
     pub fn create_cq(&mut self, config: CqConfig) -> Result<(), Status> {
         let ring = Ring::new(&self.at.map, config.base, config.size.get())
             .ok_or(Status::DATA_TRANSFER_ERROR)?;
-        let bell = self.bell(Doorbell::Cq(config.qid))?;
+        let bell = self.bell(Doorbell::Cq(config.qid), config.size)?;
         let place = self
             .cqs
             .get_mut(usize::from(config.qid))
@@ -172,7 +178,7 @@ impl Served {
         }
         let ring = Ring::new(&self.at.map, config.base, config.size.get())
             .ok_or(Status::DATA_TRANSFER_ERROR)?;
-        let bell = self.bell(Doorbell::Sq(config.qid))?;
+        let bell = self.bell(Doorbell::Sq(config.qid), config.size)?;
         let place = self
             .sqs
             .get_mut(usize::from(config.qid))
@@ -351,39 +357,43 @@ impl Served {
         self.at.doorbells == DoorbellMode::Mapped && self.has_unshadowed()
     }
 
-    /// Ask the guest to ring for everything we wait for. A full fence and [`Self::has_work`] must follow.
-    pub fn arm(&self) {
-        for sq in self.sqs.iter().flatten() {
-            sq.bell.arm(sq.tail);
-            if sq.head != sq.tail
-                && let Some(cq) = self.cqs.get(usize::from(sq.cqid)).and_then(Option::as_ref)
+    /// Interrupt the guest for each completion queue that has something new, unless that can wait: until then, if so.
+    pub fn signal(&mut self, grace: Duration) -> Option<Instant> {
+        let mut until: Option<Instant> = None;
+        for i in 0..self.active_cqs.len() {
+            if let Some(qid) = self.active_cqs.get(i).copied()
+                && let Some(cq) = self.cq(qid)
             {
-                // Commands wait for room in the completion queue: its head has to wake us.
-                cq.bell.arm(cq.head());
+                until = until.into_iter().chain(cq.signal(grace)).min();
             }
         }
+        self.held_back = until.is_some();
+        until
+    }
+
+    /// What the queues that run wait for.
+    fn awaited(&self) -> impl Iterator<Item = Awaited<'_, SharedWord>> {
+        let running = |sq: &&Sq| sq.state == State::Running && sq.ring.is_some();
+        self.sqs.iter().flatten().filter(running).map(|sq| Awaited {
+            tail: (&sq.bell, sq.tail),
+            room: self
+                .cqs
+                .get(usize::from(sq.cqid))
+                .and_then(Option::as_ref)
+                .filter(|cq| sq.head != sq.tail && cq.is_full())
+                .map(|cq| (&cq.bell, cq.head())),
+        })
+    }
+
+    /// Ask the guest to ring for everything we wait for. A full fence and [`Self::has_work`] must follow.
+    pub fn arm(&self) {
+        self.awaited().for_each(|awaited| awaited.arm());
     }
 
     /// Whether there is something a pass would do, seen without doing it.
     pub fn has_work(&self) -> bool {
-        let rung = self.sqs.iter().flatten().any(|sq| {
-            if sq.state != super::sq::State::Running || sq.ring.is_none() {
-                return false;
-            }
-            if sq.bell.load() != u32::from(sq.tail) {
-                return true;
-            }
-            sq.head != sq.tail
-                && self
-                    .cqs
-                    .get(usize::from(sq.cqid))
-                    .and_then(Option::as_ref)
-                    .is_some_and(|cq| !cq.broken && cq.bell.load() != u32::from(cq.head()))
-        });
-        rung || self
-            .admin
-            .iter()
-            .flatten()
-            .any(|(word, seen)| word.load() != *seen)
+        let mut admin = self.admin.iter().flatten();
+        self.awaited().any(|awaited| awaited.has_come())
+            || admin.any(|(word, seen)| word.load() != *seen)
     }
 }

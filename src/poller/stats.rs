@@ -54,6 +54,8 @@ pub struct QueueStats {
     pub failed: Counter,
     /// Interrupts signalled.
     pub interrupts: Counter,
+    /// Interrupts that were not: passes that posted something and needed none, or shared one with others.
+    pub suppressed: Counter,
     /// Times a fetch waited for room in the completion queue.
     pub cq_full: Counter,
 }

@@ -3,11 +3,11 @@
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
 
 use nvme_spec::Status;
 
+use super::idle::{self, Sleeper, Word as _};
 use super::mailbox::Mailbox;
 use super::message::{Attachment, ControllerKey, DoorbellMode, Message, PollerEvent, Reply};
 use super::quiet::Quiet;
@@ -17,6 +17,7 @@ use super::sleep::Bed;
 use super::stats::PollerStats;
 use super::{IdlePolicy, PollerConfig};
 use crate::backend::Channel as _;
+use crate::memory::SharedWord;
 
 /// How often reports are allowed again and the load is judged.
 const TICK: Duration = Duration::from_millis(10);
@@ -41,6 +42,8 @@ pub(super) struct Thread {
     served: Vec<Option<Served>>,
     core: Core,
     quiet: Quiet,
+    /// How long the next sleep may be.
+    limit: Option<Duration>,
     last_tick: Instant,
 }
 
@@ -63,6 +66,7 @@ impl Thread {
             stats,
             served: Vec::new(),
             quiet: Quiet::new(now),
+            limit: None,
             last_tick: now,
         })
     }
@@ -80,7 +84,10 @@ impl Thread {
             }
             let enough = self.quiet.passed(busy) && self.look_at_clock();
             if !busy && (enough || self.config.idle == IdlePolicy::Interrupt) {
-                self.sleep();
+                match idle::doze(&mut self) {
+                    true => self.quiet.slept(),
+                    false => self.stats.races_won.add(1),
+                }
             }
         }
     }
@@ -113,31 +120,6 @@ impl Thread {
             }
             IdlePolicy::Interrupt => true,
         }
-    }
-
-    /// Arm everything, look again, sleep.
-    fn sleep(&mut self) {
-        let mut limit = None;
-        for served in self.served.iter_mut().flatten() {
-            if served.is_mapped() {
-                if served.wanted != Some(DoorbellMode::Trapped) {
-                    served.wanted = Some(DoorbellMode::Trapped);
-                    served.event(PollerEvent::Wants(DoorbellMode::Trapped));
-                }
-                limit = Some(NAP);
-            }
-            served.arm();
-        }
-        // The guest stores its doorbell, then reads EventIdx; we stored EventIdx and now read the doorbell. With a full fence on both
-        // sides one of us sees the other.
-        fence(Ordering::SeqCst);
-        if self.mailbox.has_mail() || self.served.iter().flatten().any(Served::has_work) {
-            self.stats.races_won.add(1);
-            return;
-        }
-        self.stats.sleeps.add(1);
-        self.bed.sleep(limit);
-        self.quiet.slept();
     }
 
     /// Judge the load, now and then.
@@ -342,6 +324,42 @@ impl Thread {
             0 | 1 => slots,
             _ => slots / 2,
         };
+    }
+}
+
+impl Sleeper for Thread {
+    fn arm(&mut self) {
+        let mut until = None;
+        self.limit = None;
+        for served in self.served.iter_mut().flatten() {
+            if served.is_mapped() {
+                if served.wanted != Some(DoorbellMode::Trapped) {
+                    served.wanted = Some(DoorbellMode::Trapped);
+                    served.event(PollerEvent::Wants(DoorbellMode::Trapped));
+                }
+                self.limit = Some(NAP);
+            }
+            // Nobody will look whether the guest is consuming anyway.
+            until = until.into_iter().chain(served.signal(Duration::ZERO)).min();
+            served.arm();
+        }
+        if let Some(until) = until {
+            let left = until.saturating_duration_since(Instant::now());
+            self.limit = Some(self.limit.map_or(left, |limit| limit.min(left)));
+        }
+    }
+
+    fn full_fence(&self) {
+        SharedWord::full_fence();
+    }
+
+    fn has_work(&self) -> bool {
+        self.mailbox.has_mail() || self.served.iter().flatten().any(Served::has_work)
+    }
+
+    fn block(&mut self) {
+        self.stats.sleeps.add(1);
+        self.bed.sleep(self.limit);
     }
 }
 

@@ -17,6 +17,7 @@ use zerocopy::{FromBytes as _, IntoBytes as _};
 use super::refusal::{Field, Refusal, invalid};
 use crate::controller::health::{TEMPERATURE, WARNING_TEMPERATURE};
 use crate::controller::info::Info;
+use crate::poller::Coalescing;
 
 /// The features there are (Volatile Write Cache only if there is one).
 pub(super) const SUPPORTED: [FeatureId; 13] = [
@@ -113,6 +114,17 @@ impl Features {
     /// I/O completion queues granted.
     pub(in crate::controller) fn completion_queues(&self) -> u16 {
         self.granted.ncq_z().saturating_add(1)
+    }
+
+    /// How interrupts of a vector are delayed. The admin completion queue's never are, whatever its vector.
+    pub(in crate::controller) fn coalescing(&self, vector: usize) -> Coalescing {
+        match self.uncoalesced.get(vector) {
+            Some(false) => Coalescing {
+                thr_z: self.coalescing.thr_z(),
+                time: self.coalescing.time(),
+            },
+            _ => Coalescing::default(),
+        }
     }
 
     /// The warnings that follow from thresholds.

@@ -234,6 +234,12 @@ impl Actor {
         let dw0 = self
             .features
             .set(info, &mut self.events.config, &command, &data, queues)?;
+        if matches!(
+            command.fid,
+            FeatureId::INTERRUPT_COALESCING | FeatureId::INTERRUPT_VECTOR_CONFIG
+        ) {
+            self.set_coalescing();
+        }
         if self.features.warning().temperature()
             && matches!(
                 command.fid,
@@ -243,6 +249,13 @@ impl Actor {
             self.events.raise(AsyncEvent::TEMPERATURE_THRESHOLD);
         }
         Ok(Done::Now(dw0))
+    }
+
+    /// Tell pollers, by way of the vectors, how the guest wants its interrupts.
+    pub(super) fn set_coalescing(&self) {
+        for (i, vector) in self.shared.vectors.iter().enumerate() {
+            vector.set_coalescing(self.features.coalescing(i));
+        }
     }
 
     fn abort(&mut self, sqe: &Sqe) -> Result<Done, Refusal> {

@@ -154,3 +154,34 @@ fn vector_0_is_signalled_once_for_a_batch() {
     rustix::io::read(&ours, &mut count).unwrap();
     assert_eq!(u64::from_ne_bytes(count), 1);
 }
+
+#[test]
+fn interrupt_features_reach_the_vectors_and_a_reset_forgets_them() {
+    let set_feature = |fid: u32, value: u32| Sqe {
+        opcode: 0x09,
+        cdw10: fid,
+        cdw11: value,
+        ..Sqe::default()
+    };
+    let mut rig = Rig::enabled();
+    let all = |rig: &Rig| -> Vec<_> {
+        let vectors = &rig.shared.vectors;
+        vectors
+            .iter()
+            .map(|v| (v.coalescing().thr_z, v.coalescing().time))
+            .collect()
+    };
+    let vectors = rig.shared.vectors.len();
+    assert_eq!(all(&rig), vec![(0, 0); vectors]);
+    rig.ok(set_feature(0x08, 0x0307));
+    assert_eq!(all(&rig), vec![(7, 3); vectors]);
+    rig.ok(set_feature(0x09, 1 << 16 | 1));
+    let mut expected = vec![(7, 3); vectors];
+    expected[1] = (0, 0);
+    assert_eq!(all(&rig), expected);
+    rig.ok(set_feature(0x08, 0x0102));
+    rig.ok(set_feature(0x09, 1));
+    assert_eq!(all(&rig), vec![(2, 1); vectors]);
+    rig.cc(Cc::new());
+    assert_eq!(all(&rig), vec![(0, 0); vectors]);
+}

@@ -4,7 +4,6 @@ use std::fs::File;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use rustix::fs::OFlags;
 use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
@@ -154,7 +153,7 @@ impl Device {
     }
 }
 
-/// Check that a file is an eventfd, and make it one that never blocks whoever signals it.
+/// Check that a file is an eventfd.
 fn eventfd(what: &str, index: u32, file: Option<File>) -> Result<Option<File>> {
     let Some(file) = file else { return Ok(None) };
     let number = std::os::fd::AsRawFd::as_raw_fd(&file);
@@ -162,9 +161,6 @@ fn eventfd(what: &str, index: u32, file: Option<File>) -> Result<Option<File>> {
     if link.is_ok_and(|l| !l.to_string_lossy().contains("[eventfd]")) {
         return refuse(format!("the {what} of vring {index} is not an eventfd"));
     }
-    let set = rustix::fs::fcntl_getfl(&file)
-        .and_then(|flags| rustix::fs::fcntl_setfl(&file, flags | OFlags::NONBLOCK));
-    set.map_err(|e| Error::ReqHandlerError(e.into()))?;
     Ok(Some(file))
 }
 
