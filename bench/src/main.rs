@@ -5,8 +5,12 @@
 mod fence;
 mod guest;
 mod pattern;
+mod plot;
 mod queue;
+mod report;
 mod run;
+mod sched;
+mod table;
 
 use std::io::Write as _;
 use std::path::PathBuf;
@@ -14,7 +18,6 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
-use rustix::thread::{CpuSet, sched_setaffinity};
 use serde_json::json;
 
 use guest::{Client, Work};
@@ -50,6 +53,10 @@ enum Command {
     Wake(Wake),
     /// Connect, make the queues, and leave them alone
     Hold(Hold),
+    /// Go through the rows of the table, by turns over rounds and daemons, and write it (for scripts/bench host)
+    Table(table::Plan),
+    /// Print the names of the table's rows
+    Rows,
 }
 
 /// Whom to load, and from where.
@@ -135,15 +142,10 @@ fn seconds(text: &str) -> Result<f64, String> {
 
 impl Target {
     fn pin(&self) -> Result<(), Failure> {
-        let Some(core) = self.core else {
-            return Ok(());
-        };
-        if core >= CpuSet::MAX_CPU {
-            return Err(Failure(format!("there is no core {core}")));
+        match self.core {
+            Some(core) => sched::pin(core),
+            None => Ok(()),
         }
-        let mut set = CpuSet::new();
-        set.set(core);
-        sched_setaffinity(None, &set).map_err(|e| Failure::of(&format!("core {core}"), &e))
     }
 
     fn work(&self, operation: Operation, bytes: u32, depth: u32, interrupts: bool) -> Work {
@@ -183,20 +185,16 @@ fn load(load: &Load) -> Result<serde_json::Value, Failure> {
         target.connect(|i| target.work(load.op, load.block_size, depth(i), load.interrupts))?;
     let warm_up = Duration::from_secs_f64(load.warm_up);
     let length = Duration::from_secs_f64(load.seconds);
-    let figures = run::load(&mut guests, warm_up, length)?;
-    let rows = guests.iter().zip(&figures).enumerate().map(|(i, (g, f))| {
-        let mut row = serde_json::to_value(f).unwrap_or_default();
+    let outcomes = run::load(&mut guests, warm_up, length)?;
+    let rows = guests.iter().zip(&outcomes).enumerate().map(|(i, (g, o))| {
+        let mut row = serde_json::to_value(o.figures).unwrap_or_default();
         row["transport"] = json!("vhost-user");
         row["socket"] = json!(target.socket[i]);
         row["operation"] = json!(load.op.name());
         row["block_size"] = json!(load.block_size);
         row["depth"] = json!(depth(i));
         row["queues"] = json!(target.queues);
-        row["doorbells"] = json!(if g.doorbells_mapped() {
-            "mapped"
-        } else {
-            "trapped"
-        });
+        row["doorbells"] = json!(if o.mapped { "mapped" } else { "trapped" });
         row["doorbell_switches"] = json!(g.doorbell_switches());
         row["guest_memory"] = json!(g.pages());
         row
@@ -230,6 +228,13 @@ fn main() -> ExitCode {
         Command::Load(l) => load(&l),
         Command::Wake(w) => wake(&w),
         Command::Hold(h) => hold(&h),
+        Command::Table(plan) => table::run(&plan),
+        Command::Rows => {
+            for row in table::rows() {
+                println!("{}", row.name());
+            }
+            return ExitCode::SUCCESS;
+        }
     };
     match result {
         Ok(value) => match writeln!(std::io::stdout(), "{value}") {

@@ -35,6 +35,18 @@ pub struct Figures {
     pub max_ns: f64,
 }
 
+/// What a guest reached, with the time of each of its commands.
+pub struct Outcome {
+    /// In numbers.
+    pub figures: Figures,
+    /// Times in ticks.
+    pub times: Histogram<u64>,
+    /// How long a tick is.
+    pub ns_per_tick: f64,
+    /// Whether a doorbell was a plain store at the end of the run.
+    pub mapped: bool,
+}
+
 impl Figures {
     fn of(times: &Histogram<u64>, seconds: f64, ns_per_tick: f64) -> Self {
         let at = |q| times.value_at_quantile(q) as f64 * ns_per_tick;
@@ -49,7 +61,7 @@ impl Figures {
     }
 }
 
-/// Keep all guests at their depths: a while that is not counted, then `length` that is. The figures of each guest.
+/// Keep all guests at their depths: a while that is not counted, then `length` that is. What each guest reached.
 ///
 /// # Errors
 ///
@@ -58,7 +70,7 @@ pub fn load(
     guests: &mut [Client],
     warm_up: Duration,
     length: Duration,
-) -> Result<Vec<Figures>, Failure> {
+) -> Result<Vec<Outcome>, Failure> {
     for queue in guests.iter_mut().flat_map(|g| &mut g.queues) {
         queue.fill();
     }
@@ -71,16 +83,21 @@ pub fn load(
     let (elapsed, elapsed_ticks) = (start.elapsed(), ticks() - start_ticks);
     let seconds = elapsed.as_secs_f64();
     let ns_per_tick = seconds * 1e9 / elapsed_ticks as f64;
-    let figures = guests.iter().map(|guest| {
+    let outcomes = guests.iter().map(|guest| {
         let mut times = guest.queues[0].times().clone();
         for queue in &guest.queues[1..] {
             times.add(queue.times()).expect("histograms of one shape");
         }
-        Figures::of(&times, seconds, ns_per_tick)
+        Outcome {
+            figures: Figures::of(&times, seconds, ns_per_tick),
+            times,
+            ns_per_tick,
+            mapped: guest.doorbells_mapped(),
+        }
     });
-    let figures = figures.collect();
+    let outcomes = outcomes.collect();
     drain(guests)?;
-    Ok(figures)
+    Ok(outcomes)
 }
 
 fn phase(guests: &mut [Client], length: Duration) -> Result<(), Failure> {
