@@ -13,7 +13,7 @@ use super::geometry::{Extent, bytes_of};
 use super::{
     Cancelled, Channel, Finished, Geometry, OpenError, Operation, Request, Submitted, Tag, wake,
 };
-use crate::memory::Store;
+use crate::memory::{HostSeg, Store};
 
 /// Zeroing more than this at once would hold up the other queues of a poller: it is done in steps of this many bytes.
 const ZERO_STEP: u64 = 2 << 20;
@@ -224,6 +224,18 @@ impl Channel for MemoryChannel {
     }
 
     #[inline]
+    fn prefetch(&self, operation: Operation, slba: u64, memory: &[HostSeg]) {
+        let Some(first) = memory.first() else { return };
+        match operation {
+            Operation::Read => self
+                .store
+                .prefetch_read(slba << self.geometry.block_shift, first.len()),
+            Operation::Write { .. } => self.store.prefetch_write(first),
+            _ => {}
+        }
+    }
+
+    #[inline]
     fn flush(&mut self) {}
 
     #[inline]
@@ -261,7 +273,7 @@ impl Channel for MemoryChannel {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::{Buffers, HostSeg};
+    use crate::memory::Buffers;
 
     const MIB: u64 = 1 << 20;
 

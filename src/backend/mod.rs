@@ -32,7 +32,7 @@ use std::os::fd::BorrowedFd;
 
 use nvme_spec::Status;
 
-use crate::memory::Buffers;
+use crate::memory::{Buffers, HostSeg};
 
 /// What a namespace's store looks like to the controller above it. All of it is fixed while the backend lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -140,6 +140,12 @@ pub trait Channel: Send {
     /// If this returns [`Submitted::Pending`], the memory behind `request.data`, and the list of segments itself, must stay valid
     /// until the request is finished, is [`Cancelled::Gone`], or the channel has been dropped.
     unsafe fn submit(&mut self, tag: Tag, request: &Request<'_>) -> Submitted;
+
+    /// A request like this, with this memory, comes next: bring near what it needs. Only a hint; costs little.
+    #[inline]
+    fn prefetch(&self, operation: Operation, slba: u64, memory: &[HostSeg]) {
+        let _ = (operation, slba, memory);
+    }
 
     /// Hand what was submitted to whoever does it. Called once a pass.
     fn flush(&mut self);

@@ -10,7 +10,10 @@ use super::file::{FileBackend, FileChannel, FileOptions};
 use super::memory::{MemoryBackend, MemoryChannel, MemoryOptions};
 use super::null::{NullBackend, NullChannel, NullOptions};
 use super::rules::Rules;
-use super::{Cancelled, Channel, Finished, Geometry, OpenError, Request, Submitted, Tag};
+use super::{
+    Cancelled, Channel, Finished, Geometry, OpenError, Operation, Request, Submitted, Tag,
+};
+use crate::memory::HostSeg;
 
 /// The store of a namespace. Shared; what pollers use are its channels.
 pub enum Backend {
@@ -157,6 +160,11 @@ impl Channel for AnyChannel {
     unsafe fn submit(&mut self, tag: Tag, request: &Request<'_>) -> Submitted {
         // SAFETY: the caller's promise is the one the inner channel asks for.
         each!(self, c => unsafe { c.submit(tag, request) })
+    }
+
+    #[inline]
+    fn prefetch(&self, operation: Operation, slba: u64, memory: &[HostSeg]) {
+        each!(self, c => c.prefetch(operation, slba, memory))
     }
 
     #[inline]

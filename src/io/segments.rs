@@ -3,7 +3,7 @@
 use nvme_spec::Status;
 use nvme_spec::prp::{self, PageSize, ReadList, Segment};
 
-use crate::memory::{GuestMap, HostSeg};
+use crate::memory::{GuestMap, HostSeg, Near};
 
 /// Most pieces a transfer can have: 1 MiB in pages of 4 KiB, with an offset.
 pub const MAX_SEGMENTS: usize = (1 << 20) / 4096 + 1;
@@ -51,7 +51,7 @@ impl<'a> Fill<'a> {
     }
 }
 
-/// Resolve a transfer of `bytes` bytes to host memory; returns the number of segments.
+/// Resolve a transfer of `bytes` bytes to host memory, looking into the region `near` first; returns the number of segments.
 ///
 /// # Errors
 ///
@@ -60,11 +60,20 @@ impl<'a> Fill<'a> {
 #[inline]
 pub fn resolve(
     map: &GuestMap,
+    near: &mut Near,
     prp1: u64,
     prp2: u64,
     bytes: u32,
     mut fill: Fill<'_>,
 ) -> Result<usize, Status> {
+    // Nearly all transfers lie in one page of one region. All others, and all errors, are the walker's.
+    if bytes <= PAGE.rest(prp1)
+        && prp1 & 3 == 0
+        && let Some(seg) = map.resolve_near(near, prp1, bytes as usize)
+    {
+        fill.push(seg)?;
+        return Ok(1);
+    }
     walk(map, prp1, prp2, bytes, |segment| {
         let mut at = segment.addr;
         let mut left = segment.len as usize;

@@ -91,6 +91,31 @@ pub enum MapError {
     },
 }
 
+/// The region that was used last: nearly every transfer of a queue lies in the same one.
+///
+/// It is a copy, good for the map it came from and no other.
+#[derive(Clone, Copy)]
+pub struct Near {
+    generation: u64,
+    gpa: u64,
+    len: u64,
+    host: *mut u8,
+}
+
+// SAFETY: the pointer is used only while the map it came from is there, which the generation tells.
+unsafe impl Send for Near {}
+
+impl Default for Near {
+    fn default() -> Self {
+        Self {
+            generation: 0,
+            gpa: 0,
+            len: 0,
+            host: std::ptr::null_mut(),
+        }
+    }
+}
+
 /// All of a guest's memory at one moment.
 ///
 /// A map never changes. Hotplug makes a new one; whoever still uses pointers of the old keeps that alive by its `Arc`.
@@ -184,6 +209,25 @@ impl GuestMap {
         ))
     }
 
+    /// All of `[gpa, gpa + len)` if it is contiguous here, looking into the region `near` first; else `None`.
+    #[inline]
+    pub fn resolve_near(&self, near: &mut Near, gpa: u64, len: usize) -> Option<HostSeg> {
+        let mut offset = gpa.wrapping_sub(near.gpa);
+        if near.generation != self.generation || offset >= near.len {
+            let region = self.find(gpa)?;
+            *near = Near {
+                generation: self.generation,
+                gpa: region.gpa,
+                len: region.len,
+                host: region.host,
+            };
+            offset = gpa - region.gpa;
+        }
+        // `offset < near.len`, and a region's length is a `usize`.
+        (len as u64 <= near.len - offset && len > 0)
+            .then(|| HostSeg::new(near.host.wrapping_add(offset as usize), len))
+    }
+
     /// All of `[gpa, gpa + len)` in one piece, or `None`.
     pub fn resolve_whole(&self, gpa: u64, len: usize) -> Option<HostSeg> {
         self.resolve(gpa, len).filter(|s| s.len() == len)
@@ -254,6 +298,32 @@ mod tests {
             Some(MapError::BadRegion { gpa: top, len: 11 })
         );
         assert_eq!(err(vec![region(0, 16), region(16, 16)]), None);
+    }
+
+    #[test]
+    fn what_is_near_is_never_used_for_another_map() {
+        let one = GuestMap::new(vec![region(0x1000, 0x1000), region(0x4000, 0x100)]).unwrap();
+        let other = GuestMap::new(vec![region(0x1000, 0x800)]).unwrap();
+        let mut near = Near::default();
+        for (gpa, len) in [(0x1000, 1), (0x1fff, 1), (0x4000, 0x100), (0x1800, 0x800)] {
+            let seg = one.resolve_near(&mut near, gpa, len).unwrap();
+            let same = one.resolve_whole(gpa, len).unwrap();
+            assert_eq!(seg.parts(), same.parts());
+        }
+        let bad = [
+            (0xfff, 1),
+            (0x1fff, 2),
+            (0x2000, 1),
+            (u64::MAX, 1),
+            (0x1000, 0),
+        ];
+        for (gpa, len) in bad {
+            assert!(one.resolve_near(&mut near, gpa, len).is_none());
+        }
+        assert!(one.resolve_near(&mut near, 0x1800, 8).is_some());
+        assert!(other.resolve_near(&mut near, 0x1800, 8).is_none());
+        let seg = other.resolve_near(&mut near, 0x1000, 8).unwrap();
+        assert_eq!(seg.parts(), other.resolve_whole(0x1000, 8).unwrap().parts());
     }
 
     #[test]

@@ -6,6 +6,7 @@
 //! Bytes in these places may change under us at any time. Nothing here hands out a reference to them: every access is a
 //! copy or an atomic, so that a value that was checked is the value that is used.
 
+mod copy;
 mod held;
 mod map;
 mod ring;
@@ -14,11 +15,13 @@ pub mod sigbus;
 mod store;
 mod vm;
 mod window;
+mod words;
 
 pub(crate) use held::Held;
-pub use map::{GuestMap, MapError, Region};
-pub use ring::{Ring, SharedWord};
+pub use map::{GuestMap, MapError, Near, Region};
+pub use ring::{Place, Ring, SharedWord};
 pub use seg::{Buffers, HostSeg};
 pub use store::Store;
 pub use vm::{Identity, VmRegion, check_file};
 pub use window::DoorbellWindow;
+pub use words::SharedWords;

@@ -86,17 +86,42 @@ impl<const WORDS: usize> Ring<WORDS> {
     /// Ask the processor to fetch the entry at `index`, if there is one.
     #[inline]
     pub fn prefetch(&self, index: u32) {
-        #[cfg(target_arch = "x86_64")]
+        self.place(index).prefetch();
+    }
+
+    /// Where the entry at `index` is; nowhere if there is none.
+    #[inline]
+    pub fn place(&self, index: u32) -> Place {
         if index < self.entries {
-            // SAFETY: a prefetch has no effect that can be observed, and the address is mapped.
-            unsafe {
-                std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(
-                    self.entry(index).cast(),
-                );
-            }
+            Place(self.base.wrapping_add(index as usize).cast_const().cast())
+        } else {
+            Place::default()
         }
-        #[cfg(not(target_arch = "x86_64"))]
-        let _ = index;
+    }
+}
+
+/// An address, good for nothing but a hint to the processor: it keeps nothing alive.
+#[derive(Clone, Copy)]
+pub struct Place(*const u8);
+
+// SAFETY: a prefetch is all that can be done with it, which harms nothing on any thread.
+unsafe impl Send for Place {}
+
+impl Default for Place {
+    fn default() -> Self {
+        Self(std::ptr::null())
+    }
+}
+
+impl Place {
+    /// Ask the processor to fetch the cache line there.
+    #[inline]
+    pub fn prefetch(self) {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: a prefetch has no effect that can be observed, whatever the address: it never faults.
+        unsafe {
+            std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(self.0.cast());
+        }
     }
 }
 

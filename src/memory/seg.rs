@@ -102,6 +102,7 @@ impl<'a> Buffers<'a> {
     ///
     /// Each segment's memory must stay mapped, readable and writable for `'a`, and no Rust reference to any of it may be used
     /// while `'a` lasts. Other processes may write it at any time.
+    #[inline]
     pub unsafe fn new(segs: &'a [HostSeg]) -> Self {
         let len = segs.iter().map(|s| s.len).sum();
         Self {
@@ -185,12 +186,23 @@ impl<'a> Buffers<'a> {
     }
 
     /// Call `f(pointer, bytes done before, bytes here)` for the pieces of `[offset, offset + len)`.
+    #[inline]
     pub(super) fn each(
         &self,
         offset: usize,
         len: usize,
         mut f: impl FnMut(*mut u8, usize, usize),
     ) -> usize {
+        if let [seg] = self.segs
+            && offset == 0
+        {
+            // Nearly all transfers.
+            let n = seg.len.min(len);
+            if n > 0 {
+                f(seg.ptr, 0, n);
+            }
+            return n;
+        }
         let mut skip = offset;
         let mut done = 0;
         for seg in self.segs {

@@ -12,7 +12,8 @@ use std::os::fd::AsFd;
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
-use super::Buffers;
+use super::copy::{CopyIn, prefetch};
+use super::{Buffers, HostSeg};
 
 const PAGE: u64 = 4096;
 const HUGE_PAGE: u64 = 2 << 20;
@@ -29,6 +30,7 @@ pub struct Store {
     /// What is mapped: `len` in whole pages.
     mapped: usize,
     huge: bool,
+    copy_in: CopyIn,
     file: File,
 }
 
@@ -80,6 +82,7 @@ impl Store {
             len,
             mapped,
             huge,
+            copy_in: CopyIn::of_store(len),
             file: fd.into(),
         };
         // Advice only: without it the store works as well.
@@ -146,9 +149,23 @@ impl Store {
         };
         data.each(0, data.len(), |ptr, done, n| {
             // SAFETY: as in `read_into`, the other way.
-            unsafe { std::ptr::copy_nonoverlapping(ptr, to.add(done), n) }
+            unsafe { self.copy_in.copy(ptr, to.add(done), n) }
         });
         true
+    }
+
+    /// Ask for the bytes from `offset` on, which a [`Self::read_into`] will soon copy.
+    #[inline]
+    pub fn prefetch_read(&self, offset: u64, len: usize) {
+        if let Some(from) = self.at(offset, len as u64) {
+            prefetch(from, len);
+        }
+    }
+
+    /// Ask for a guest's bytes, which a [`Self::write_from`] will soon copy.
+    #[inline]
+    pub fn prefetch_write(&self, first: &HostSeg) {
+        prefetch(first.ptr(), first.len());
     }
 
     /// Whether the bytes from `offset` on are those of `data`; `None` if they are not inside.
@@ -222,7 +239,6 @@ fn never_overcommits() -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::HostSeg;
 
     fn with<R>(bytes: &mut [u8], f: impl FnOnce(&Buffers<'_>) -> R) -> R {
         let (a, b) = bytes.split_at_mut(bytes.len() / 3);

@@ -44,13 +44,19 @@ impl<W: Word> Bell<W> {
         self.shadow.is_some()
     }
 
+    /// Where the guest writes its value.
+    #[inline]
+    pub fn word(&self) -> &W {
+        match &self.shadow {
+            None => &self.register,
+            Some(shadow) => &shadow.value,
+        }
+    }
+
     /// The value the guest wrote last. It may be anything.
     #[inline]
     pub fn load(&self) -> u32 {
-        match &self.shadow {
-            None => self.register.load(),
-            Some(shadow) => shadow.value.load(),
-        }
+        self.word().load()
     }
 
     /// Tell the guest that we look by ourselves.

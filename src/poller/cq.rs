@@ -16,28 +16,34 @@ use crate::memory::Ring;
 /// A completion queue.
 ///
 /// `owed + unread < size` always: each fetched command has its place here before it is fetched, so that a completion
-/// never finds the queue full.
+/// never finds the queue full. What a completion touches comes first, in the order of declaration.
+#[repr(C)]
 pub(super) struct Cq {
-    pub qid: u16,
-    pub base: u64,
-    pub size: RingSize,
     /// `None` while its memory is not there.
     pub ring: Option<Ring<2>>,
-    pub bell: Bell,
-    pub vector: Option<Arc<Vector>>,
-    pub kick: Option<Arc<File>>,
-    pub stats: Arc<QueueStats>,
+    pub size: RingSize,
     /// Where the next entry goes.
     tail: u16,
-    phase: Phase,
     /// The guest's head, as of the last look.
     head: u16,
     /// Commands that were fetched and have not completed.
     owed: u32,
-    interrupts: Interrupts,
+    phase: Phase,
     /// The guest wrote a head that cannot be; nothing is fetched for this queue any more.
     pub broken: bool,
+    pub qid: u16,
+    pub stats: Arc<QueueStats>,
+    pub vector: Option<Arc<Vector>>,
+    interrupts: Interrupts,
+    pub bell: Bell,
+    pub kick: Option<Arc<File>>,
+    pub base: u64,
 }
+
+const _: () = assert!(
+    std::mem::offset_of!(Cq, stats) <= 64,
+    "what a completion touches lies on one cache line"
+);
 
 /// A guest's head doorbell holds a value that its queue does not have.
 pub(super) struct InvalidHead;
@@ -164,6 +170,12 @@ impl Cq {
     /// Whether commands wait for the guest to make room here.
     pub fn is_full(&self) -> bool {
         !self.broken && self.ring.is_some() && self.room() == 0
+    }
+
+    /// Where the next entry goes, and its phase.
+    #[inline]
+    pub fn place(&self) -> (u16, bool) {
+        (self.tail, self.phase.bit())
     }
 
     /// The head as of the last look.

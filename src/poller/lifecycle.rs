@@ -138,6 +138,9 @@ impl Served {
                 if let Some(place) = self.sqs.get_mut(usize::from(qid)) {
                     *place = None;
                 }
+                if let Some(journal) = &self.journal {
+                    journal.forget_sq(qid);
+                }
                 self.active.swap_remove(i);
                 self.reply(token, Ok(true));
             }

@@ -5,9 +5,13 @@
 
 mod bell;
 mod cq;
+mod done;
+mod engine;
 mod idle;
 mod interrupt;
+mod journal;
 mod lifecycle;
+mod look;
 mod mailbox;
 pub mod message;
 mod quiet;
@@ -18,6 +22,7 @@ mod slot;
 mod sq;
 pub mod stats;
 mod thread;
+mod work;
 
 #[cfg(test)]
 mod models;
@@ -25,6 +30,7 @@ mod models;
 mod tests;
 
 pub use interrupt::Coalescing;
+pub use journal::{Copied, Journal};
 pub use message::{
     Attachment, ControlSink, ControllerKey, CqConfig, DoorbellMode, IoFailure, Message,
     PollerEvent, Reply, ShadowConfig, SqConfig, Vector,

@@ -11,13 +11,15 @@ use nvme_spec::ring::RingSize;
 use super::bell::{Bell, Shadow};
 use super::cq::Cq;
 use super::idle::Awaited;
+use super::journal::Journal;
 use super::message::{
     Attachment, CqConfig, DoorbellMode, IoFailure, PollerEvent, Reply, ShadowConfig, SqConfig,
 };
+use super::run::bits;
 use super::sq::{Sq, State};
 use crate::backend::{AnyChannel, OpenError};
 use crate::io::Limits;
-use crate::memory::{GuestMap, Ring, SharedWord};
+use crate::memory::{GuestMap, Place, Ring, SharedWord};
 
 /// Queue identifiers are below this: vectors and kicks are one eventfd each, of which vhost-user has 64.
 pub(super) const MAX_QUEUES: usize = 64;
@@ -45,6 +47,8 @@ pub(super) struct Served {
     pub index: u32,
     pub poller: usize,
     pub at: Attachment,
+    /// What is left of its commands if this process ends; `None` = nothing.
+    pub journal: Option<Journal>,
     pub sqs: Vec<Option<Sq>>,
     pub cqs: Vec<Option<Cq>>,
     /// Identifiers of the submission queues that exist, for the pass.
@@ -58,10 +62,14 @@ pub(super) struct Served {
     pub waiting: Vec<Waiting>,
     /// A queue is being deleted, or something waits.
     pub unsettled: bool,
+    /// Completion queues that have something the guest was not interrupted for: one bit each.
+    pub posted: u64,
+    /// Something came of this controller in the present pass.
+    pub touched: bool,
+    /// Its commands that are out are looked for.
+    pub awaited: bool,
     /// Commands were handed to channels in this pass.
     pub submitted: bool,
-    /// An interrupt is held back: [`Self::signal`] is to be called in the next pass.
-    pub held_back: bool,
     /// Batches found on queues without shadow doorbells since the last look at the clock.
     pub unshadowed_batches: u32,
     pub reports_left: u32,
@@ -72,7 +80,13 @@ pub(super) struct Served {
 }
 
 impl Served {
-    pub fn new(at: Attachment, index: u32, poller: usize, depth: usize) -> Result<Self, OpenError> {
+    pub fn new(
+        at: Attachment,
+        journal: Option<Journal>,
+        index: u32,
+        poller: usize,
+        depth: usize,
+    ) -> Result<Self, OpenError> {
         let depth = u32::try_from(depth).unwrap_or(u32::MAX);
         let channels = at
             .namespaces
@@ -88,6 +102,7 @@ impl Served {
                 max_namespaces: at.max_namespaces,
             },
             at,
+            journal,
             sqs: (0..MAX_QUEUES).map(|_| None).collect(),
             cqs: (0..MAX_QUEUES).map(|_| None).collect(),
             active: Vec::with_capacity(MAX_QUEUES),
@@ -96,8 +111,10 @@ impl Served {
             outstanding: 0,
             waiting: Vec::new(),
             unsettled: false,
+            posted: 0,
+            touched: false,
+            awaited: false,
             submitted: false,
-            held_back: false,
             unshadowed_batches: 0,
             reports_left: REPORTS,
             admin: None,
@@ -168,6 +185,9 @@ impl Served {
             .filter(|place| place.is_none() && config.qid != 0)
             .ok_or(Status::INVALID_QUEUE_ID)?;
         self.active_cqs.push(config.qid);
+        if let Some(journal) = &self.journal {
+            journal.posted(config.qid, 0, true);
+        }
         *place = Some(Cq::new(config, ring, bell));
         Ok(())
     }
@@ -185,6 +205,9 @@ impl Served {
             .filter(|place| place.is_none() && config.qid != 0)
             .ok_or(Status::INVALID_QUEUE_ID)?;
         self.active.push(config.qid);
+        if let Some(journal) = &self.journal {
+            journal.fetched(config.qid, 0);
+        }
         *place = Some(Sq::new(config, ring, bell));
         Ok(())
     }
@@ -200,12 +223,25 @@ impl Served {
             .filter(|place| place.is_some())
             .ok_or(Status::INVALID_QUEUE_ID)?;
         let kick = place.take().and_then(|cq| cq.kick);
+        if let Some(journal) = &self.journal {
+            journal.forget_cq(qid);
+        }
         self.active_cqs.retain(|q| *q != qid);
+        self.posted &= !(1 << (qid & 63));
         Ok(kick)
     }
 
     pub fn sq(&mut self, qid: u16) -> Option<&mut Sq> {
         self.sqs.get_mut(usize::from(qid))?.as_mut()
+    }
+
+    /// Where the next command of a queue will be.
+    #[inline]
+    pub fn next_command(&self, qid: u16) -> Place {
+        match self.sqs.get(usize::from(qid)) {
+            Some(Some(sq)) => sq.next_command(),
+            _ => Place::default(),
+        }
     }
 
     pub fn cq(&mut self, qid: u16) -> Option<&mut Cq> {
@@ -253,10 +289,25 @@ impl Served {
     /// Forget every queue.
     pub fn drop_queues(&mut self) {
         self.drop_shadow();
+        if let Some(journal) = &self.journal {
+            (1..MAX_QUEUES as u16).for_each(|qid| {
+                journal.forget_sq(qid);
+                journal.forget_cq(qid);
+            });
+        }
         self.sqs.iter_mut().for_each(|sq| *sq = None);
         self.cqs.iter_mut().for_each(|cq| *cq = None);
         self.active.clear();
         self.active_cqs.clear();
+        self.posted = 0;
+    }
+
+    /// The doorbells of this controller, with the identifier of their queue; 0 stands for both of the admin queue.
+    pub fn bells(&self) -> impl Iterator<Item = (SharedWord, u8)> {
+        let io = self.sqs.iter().flatten();
+        let io = io.map(|sq| (sq.bell.word().clone(), sq.qid as u8));
+        let admin = self.admin.iter().flatten();
+        io.chain(admin.map(|(word, _)| (word.clone(), 0)))
     }
 
     /// Use other memory; returns what was used so far. Queues whose memory is not there any more stop until it is.
@@ -357,17 +408,20 @@ impl Served {
         self.at.doorbells == DoorbellMode::Mapped && self.has_unshadowed()
     }
 
-    /// Interrupt the guest for each completion queue that has something new, unless that can wait: until then, if so.
+    /// Interrupt the guest for each completion queue that has something new, unless that can wait: until then, if so, and
+    /// somebody has to call again in the next pass.
+    #[inline]
     pub fn signal(&mut self, grace: Duration) -> Option<Instant> {
         let mut until: Option<Instant> = None;
-        for i in 0..self.active_cqs.len() {
-            if let Some(qid) = self.active_cqs.get(i).copied()
-                && let Some(cq) = self.cq(qid)
-            {
-                until = until.into_iter().chain(cq.signal(grace)).min();
+        for cqid in bits(self.posted) {
+            let Some(Some(cq)) = self.cqs.get_mut(usize::from(cqid)) else {
+                continue;
+            };
+            match cq.signal(grace) {
+                None => self.posted &= !(1 << cqid),
+                held => until = until.into_iter().chain(held).min(),
             }
         }
-        self.held_back = until.is_some();
         until
     }
 

@@ -22,9 +22,16 @@ pub(super) enum SlotState {
     Busy,
 }
 
-/// A command that was fetched. Everything about it is here, so that a journal of it is a copy of this.
-#[repr(align(64))]
+/// A command that was fetched.
+///
+/// Only a command that has to wait is written down here; of one that is done at once, only `state` is.
+#[repr(C, align(64))]
 pub(super) struct Slot {
+    pub state: SlotState,
+    /// Nobody is to be told: the controller was reset under it.
+    pub mute: bool,
+    /// Its submission queue is being deleted: tell [`nvme_spec::Status::ABORTED_SQ_DELETION`] if it is cancelled.
+    pub queue_deleted: bool,
     /// Index of the controller on this poller.
     pub served: u32,
     /// Namespace index of the present request.
@@ -32,20 +39,13 @@ pub(super) struct Slot {
     pub sqid: u16,
     pub cqid: u16,
     pub cid: u16,
-    pub state: SlotState,
-    /// Nobody is to be told: the controller was reset under it.
-    pub mute: bool,
-    /// Its submission queue is being deleted: tell [`nvme_spec::Status::ABORTED_SQ_DELETION`] if it is cancelled.
-    pub queue_deleted: bool,
     /// Number of segments.
     pub segments: u32,
     /// How many blocks it moves or examines, for the counters.
     pub blocks: u32,
     /// The reply that waits for what becomes of it.
     pub abort: Option<u64>,
-    /// Fetch order on this poller.
-    pub sequence: u64,
-    /// What the guest asked for: the one copy.
+    /// What the guest asked for.
     pub sqe: [u64; 8],
     pub rest: Rest,
 }
@@ -55,7 +55,6 @@ pub(super) struct Slots {
     slots: Vec<Slot>,
     segments: Vec<HostSeg>,
     free: Vec<u32>,
-    sequence: u64,
 }
 
 impl Slots {
@@ -73,7 +72,6 @@ impl Slots {
                 segments: 0,
                 blocks: 0,
                 abort: None,
-                sequence: 0,
                 sqe: [0; 8],
                 rest: Rest::Nothing,
             })
@@ -82,7 +80,6 @@ impl Slots {
             slots,
             segments: vec![HostSeg::EMPTY; count * MAX_SEGMENTS],
             free: (0..count as u32).rev().collect(),
-            sequence: 0,
         }
     }
 
@@ -96,16 +93,8 @@ impl Slots {
     #[inline]
     pub fn take(&mut self) -> Option<u32> {
         let index = self.free.pop()?;
-        self.sequence += 1;
-        let sequence = self.sequence;
         if let Some(slot) = self.slots.get_mut(index as usize) {
             slot.state = SlotState::Busy;
-            slot.mute = false;
-            slot.queue_deleted = false;
-            slot.segments = 0;
-            slot.blocks = 0;
-            slot.abort = None;
-            slot.sequence = sequence;
         }
         Some(index)
     }
@@ -117,7 +106,6 @@ impl Slots {
             && slot.state == SlotState::Busy
         {
             slot.state = SlotState::Free;
-            slot.rest = Rest::Nothing;
             self.free.push(index);
         }
     }

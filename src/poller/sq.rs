@@ -7,7 +7,7 @@ use nvme_spec::ring::RingSize;
 
 use super::bell::Bell;
 use super::stats::QueueStats;
-use crate::memory::Ring;
+use crate::memory::{Near, Place, Ring};
 
 /// Commands whose abort was asked for before they were fetched (Identify ACL is small).
 pub(super) const MAX_ABORTS_WAITING: usize = 8;
@@ -25,26 +25,36 @@ pub(super) enum State {
 }
 
 /// A submission queue.
+///
+/// What a fetch touches comes first, in the order of declaration.
+#[repr(C)]
 pub(super) struct Sq {
-    pub qid: u16,
-    pub base: u64,
-    pub size: RingSize,
     /// `None` while its memory is not there.
     pub ring: Option<Ring<8>>,
-    pub bell: Bell,
-    pub cqid: u16,
-    pub state: State,
-    pub kick: Option<Arc<File>>,
-    pub stats: Arc<QueueStats>,
+    pub size: RingSize,
     /// The next command to be fetched.
     pub head: u16,
     /// The guest's tail, as of the last look.
     pub tail: u16,
+    pub qid: u16,
+    pub cqid: u16,
+    pub state: State,
     /// Commands that were fetched and have not completed.
     pub outstanding: u32,
+    /// The region of its data, most likely.
+    pub near: Near,
+    pub stats: Arc<QueueStats>,
     /// Command identifiers to be aborted when they are fetched.
     pub aborts: Vec<u16>,
+    pub bell: Bell,
+    pub kick: Option<Arc<File>>,
+    pub base: u64,
 }
+
+const _: () = assert!(
+    std::mem::offset_of!(Sq, aborts) <= 128,
+    "what a fetch touches lies on two cache lines"
+);
 
 /// A guest's tail doorbell holds a value that its queue does not have.
 pub(super) struct InvalidTail;
@@ -65,17 +75,22 @@ impl Sq {
             head: 0,
             tail: 0,
             outstanding: 0,
+            near: Near::default(),
             aborts: Vec::with_capacity(MAX_ABORTS_WAITING),
         }
     }
 
     /// Look at the guest's tail; the number of commands to fetch.
-    #[inline]
     pub fn look(&mut self) -> Result<u32, InvalidTail> {
+        self.accept(self.bell.load())
+    }
+
+    /// The guest's tail is `value` now; the number of commands to fetch.
+    #[inline]
+    pub fn accept(&mut self, value: u32) -> Result<u32, InvalidTail> {
         if self.state != State::Running || self.ring.is_none() {
             return Ok(0);
         }
-        let value = self.bell.load();
         if value != u32::from(self.tail) {
             let Some(tail) = self.size.index(value) else {
                 self.state = State::Stopped;
@@ -87,13 +102,22 @@ impl Sq {
         Ok(self.size.distance(self.head, self.tail))
     }
 
+    /// Where the next command will be.
+    #[inline]
+    pub fn next_command(&self) -> Place {
+        let place = |ring: &Ring<8>| ring.place(u32::from(self.head));
+        self.ring.as_ref().map(place).unwrap_or_default()
+    }
+
     /// Copy the next command out. Call only as often as [`Self::look`] said.
     #[inline]
     pub fn take(&mut self) -> Option<[u64; 8]> {
+        /// How far ahead the processor is asked to look: the lines come from the guest's core, one after the other.
+        const AHEAD: u32 = 4;
         let ring = self.ring.as_ref()?;
         let words = ring.read(u32::from(self.head));
         self.head = self.size.next(self.head);
-        ring.prefetch(u32::from(self.head));
+        ring.prefetch(u32::from(self.head).wrapping_add(AHEAD - 1));
         Some(words)
     }
 

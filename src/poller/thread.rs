@@ -7,7 +7,9 @@ use std::time::{Duration, Instant};
 
 use nvme_spec::Status;
 
+use super::engine::Engine;
 use super::idle::{self, Sleeper, Word as _};
+use super::journal::Journal;
 use super::mailbox::Mailbox;
 use super::message::{Attachment, ControllerKey, DoorbellMode, Message, PollerEvent, Reply};
 use super::quiet::Quiet;
@@ -38,9 +40,7 @@ pub(super) struct Thread {
     mailbox: Mailbox,
     bed: Bed,
     stats: Arc<PollerStats>,
-    // Controllers before the core: their channels end all use of the slots' segments.
-    served: Vec<Option<Served>>,
-    core: Core,
+    engine: Engine,
     quiet: Quiet,
     /// How long the next sleep may be.
     limit: Option<Duration>,
@@ -59,12 +59,11 @@ impl Thread {
         let now = Instant::now();
         Ok(Self {
             index,
-            core: Core::new(config.slots),
+            engine: Engine::new(config.slots),
             config,
             mailbox,
             bed,
             stats,
-            served: Vec::new(),
             quiet: Quiet::new(now),
             limit: None,
             last_tick: now,
@@ -88,19 +87,25 @@ impl Thread {
                     true => self.quiet.slept(),
                     false => self.stats.races_won.add(1),
                 }
+                // Whatever was rung may have been quiet for long.
+                self.engine.woken();
             }
         }
     }
 
+    #[inline]
     fn pass(&mut self) -> bool {
-        let mut busy = false;
-        for place in &mut self.served {
-            if let Some(served) = place {
-                busy |= served.pass(&mut self.core);
-                if served.unsettled && served.settle(&self.core) {
-                    Self::forget(&mut self.bed, place);
+        let (bed, mut gone) = (&mut self.bed, false);
+        let busy = self.engine.pass(|served| {
+            for channel in &served.channels {
+                if let Some(fd) = channel.wake_fd() {
+                    bed.remove(fd);
                 }
             }
+            gone = true;
+        });
+        if gone {
+            self.engine.share_out(self.config.slots);
         }
         busy
     }
@@ -111,9 +116,9 @@ impl Thread {
         let quiet = self.quiet.look(now);
         self.tick(now);
         match self.config.idle {
-            IdlePolicy::Poll => !self.served.iter().flatten().any(Served::has_queues),
+            IdlePolicy::Poll => !self.engine.served.iter().flatten().any(Served::has_queues),
             IdlePolicy::Adaptive => {
-                let others_want_mapped = self.served.iter().flatten().any(|served| {
+                let others_want_mapped = self.engine.served.iter().flatten().any(|served| {
                     served.is_mapped() && served.wanted == Some(DoorbellMode::Trapped)
                 });
                 quiet >= self.config.poll_for && (!others_want_mapped || quiet >= MAPPED_QUIET)
@@ -128,7 +133,7 @@ impl Thread {
             return;
         }
         self.last_tick = now;
-        for served in self.served.iter_mut().flatten() {
+        for served in self.engine.served.iter_mut().flatten() {
             let want = match self.config.idle {
                 IdlePolicy::Poll => served.has_unshadowed(),
                 IdlePolicy::Adaptive => served.unshadowed_batches >= BUSY_BATCHES,
@@ -155,12 +160,13 @@ impl Thread {
             }
             self.handle(message);
         }
+        self.engine.changed();
         false
     }
 
     fn find(&mut self, key: ControllerKey) -> Option<(&mut Served, &mut Core, &mut Bed)> {
-        let served = self.served.iter_mut().flatten().find(|s| s.at.key == key)?;
-        Some((served, &mut self.core, &mut self.bed))
+        let (served, core) = self.engine.find(key)?;
+        Some((served, core, &mut self.bed))
     }
 
     fn handle(&mut self, message: Message) {
@@ -251,17 +257,25 @@ impl Thread {
         let key = at.key;
         let index = self.index;
         let reply = |result| sink.reply(index, Reply { token, result });
-        if self.served.iter().flatten().any(|s| s.at.key == key) {
+        let known = self.engine.served.iter().flatten().any(|s| s.at.key == key);
+        if known || self.engine.served.len() > usize::from(u16::MAX) {
             return reply(Err(Status::INTERNAL_ERROR));
         }
-        let place = match self.served.iter().position(Option::is_none) {
+        let place = match self.engine.served.iter().position(Option::is_none) {
             Some(place) => place,
             None => {
-                self.served.push(None);
-                self.served.len() - 1
+                self.engine.served.push(None);
+                self.engine.served.len() - 1
             }
         };
-        match Served::new(at, place as u32, self.index, self.config.slots) {
+        let journal = match Journal::new(self.config.slots) {
+            Ok(journal) => Some(journal),
+            Err(error) => {
+                tracing::error!(poller = self.index, %error, "no memory for a journal");
+                return reply(Err(Status::INTERNAL_ERROR));
+            }
+        };
+        match Served::new(at, journal, place as u32, self.index, self.config.slots) {
             Ok(served) => {
                 for channel in &served.channels {
                     if let Some(fd) = channel.wake_fd()
@@ -271,10 +285,10 @@ impl Thread {
                         return reply(Err(Status::INTERNAL_ERROR));
                     }
                 }
-                if let Some(place) = self.served.get_mut(place) {
+                if let Some(place) = self.engine.served.get_mut(place) {
                     *place = Some(served);
                 }
-                self.share_out();
+                self.engine.share_out(self.config.slots);
                 reply(Ok(true));
             }
             Err(error) => {
@@ -294,36 +308,6 @@ impl Thread {
             remove_kick(bed, kick.take().as_deref());
         }
         served.begin_reset(core, token, detach);
-        if served.settle(core) {
-            let bed = &mut self.bed;
-            if let Some(place) = self
-                .served
-                .iter_mut()
-                .find(|p| p.as_ref().is_some_and(|s| s.at.key == key))
-            {
-                Self::forget(bed, place);
-            }
-            self.share_out();
-        }
-    }
-
-    fn forget(bed: &mut Bed, place: &mut Option<Served>) {
-        if let Some(served) = place.take() {
-            for channel in &served.channels {
-                if let Some(fd) = channel.wake_fd() {
-                    bed.remove(fd);
-                }
-            }
-        }
-    }
-
-    /// No controller may take all slots while there are others.
-    fn share_out(&mut self) {
-        let slots = self.config.slots;
-        self.core.quota = match self.served.iter().flatten().count() {
-            0 | 1 => slots,
-            _ => slots / 2,
-        };
     }
 }
 
@@ -331,7 +315,7 @@ impl Sleeper for Thread {
     fn arm(&mut self) {
         let mut until = None;
         self.limit = None;
-        for served in self.served.iter_mut().flatten() {
+        for served in self.engine.served.iter_mut().flatten() {
             if served.is_mapped() {
                 if served.wanted != Some(DoorbellMode::Trapped) {
                     served.wanted = Some(DoorbellMode::Trapped);
@@ -354,7 +338,7 @@ impl Sleeper for Thread {
     }
 
     fn has_work(&self) -> bool {
-        self.mailbox.has_mail() || self.served.iter().flatten().any(Served::has_work)
+        self.mailbox.has_mail() || self.engine.served.iter().flatten().any(Served::has_work)
     }
 
     fn block(&mut self) {

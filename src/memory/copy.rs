@@ -1,0 +1,122 @@
+//! Copies between a store and a guest, at the speed of the memory.
+
+#![expect(
+    unsafe_code,
+    reason = "the fence: raw copies, and instructions by name"
+)]
+
+/// Pieces below this are copied through the cache: they are as fast that way, and likely to be read again.
+const STREAM_FROM: usize = 2048;
+
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
+/// How many bytes into a store are copied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum CopyIn {
+    /// Through the cache.
+    Cached,
+    /// Large aligned pieces around it: a store that is larger than the cache would have each line read first, only to be
+    /// overwritten, and other lines thrown out for it.
+    Streamed,
+}
+
+impl CopyIn {
+    /// The way for a store of `len` bytes on this machine.
+    pub fn of_store(len: u64) -> Self {
+        /// Above the last-level cache's share of a core, on anything this is likely to run on.
+        const LARGE: u64 = 32 << 20;
+        #[cfg(target_arch = "x86_64")]
+        if len >= LARGE && std::arch::is_x86_feature_detected!("avx2") {
+            return Self::Streamed;
+        }
+        let _ = len;
+        Self::Cached
+    }
+
+    /// Copy `n` bytes from `from` into a store at `to`. They are visible to all before anything that is stored later.
+    ///
+    /// # Safety
+    ///
+    /// `n` bytes are readable at `from` and writable at `to`, they do not overlap, and no Rust reference to them is in use.
+    #[inline]
+    pub unsafe fn copy(self, from: *const u8, to: *mut u8, n: usize) {
+        #[cfg(target_arch = "x86_64")]
+        if self == Self::Streamed && n >= STREAM_FROM && (to.addr() | n) & (LINE - 1) == 0 {
+            // SAFETY: `of_store` found the instructions; the rest is our contract, and the check above.
+            return unsafe { stream(from, to, n) };
+        }
+        // SAFETY: our contract.
+        unsafe { std::ptr::copy_nonoverlapping(from, to, n) }
+    }
+}
+
+/// Copy whole lines around the cache.
+///
+/// # Safety
+///
+/// As [`CopyIn::copy`]; `to` and `n` are multiples of a line.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+unsafe fn stream(from: *const u8, to: *mut u8, n: usize) {
+    use std::arch::x86_64::{_mm_sfence, _mm256_loadu_si256, _mm256_stream_si256};
+    let mut at = 0;
+    while at < n {
+        // SAFETY: `at + LINE <= n`, both being multiples of a line; `to` is aligned for the stores.
+        unsafe {
+            let low = _mm256_loadu_si256(from.add(at).cast());
+            let high = _mm256_loadu_si256(from.add(at + LINE / 2).cast());
+            _mm256_stream_si256(to.add(at).cast(), low);
+            _mm256_stream_si256(to.add(at + LINE / 2).cast(), high);
+        }
+        at += LINE;
+    }
+    // Such stores are not ordered with others: the completion that follows must not overtake them.
+    _mm_sfence();
+}
+
+/// Ask for the first bytes of `len` at `ptr`, which are soon to be read.
+#[inline]
+pub(super) fn prefetch(ptr: *const u8, len: usize) {
+    /// As many misses as a core can have under way: more would wait for those.
+    const LINES: usize = 12;
+    #[cfg(target_arch = "x86_64")]
+    for line in 0..LINES.min(len.div_ceil(LINE)) {
+        // SAFETY: a prefetch has no effect that can be observed, whatever the address.
+        unsafe {
+            std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(
+                ptr.wrapping_add(line * LINE).cast(),
+            );
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (ptr, len);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_ways_copy_every_byte_and_no_other() {
+        assert_eq!(CopyIn::of_store(4096), CopyIn::Cached);
+        for way in [CopyIn::of_store(1 << 40), CopyIn::Cached] {
+            for (skew, n) in [(0, 4096), (0, 2048), (0, 2050), (8, 4096), (0, 64), (3, 1)] {
+                let from: Vec<u8> = (0..8192u32).map(|i| (i * 7) as u8).collect();
+                #[repr(align(64))]
+                struct Aligned([u8; 8192]);
+                let mut to = Box::new(Aligned([0xEE; 8192]));
+                prefetch(from.as_ptr(), n);
+                // SAFETY: both buffers are longer than `skew + n`, and not otherwise used meanwhile.
+                unsafe { way.copy(from.as_ptr().add(5), to.0.as_mut_ptr().add(skew), n) };
+                assert_eq!(to.0[skew..skew + n], from[5..5 + n]);
+                assert!(
+                    to.0[..skew]
+                        .iter()
+                        .chain(&to.0[skew + n..])
+                        .all(|b| *b == 0xEE)
+                );
+            }
+        }
+    }
+}

@@ -1,0 +1,261 @@
+//! What a checked command does: its requests to the channels of its namespaces, one after the other.
+
+#![expect(
+    unsafe_code,
+    reason = "the one place where a channel is promised that guest memory stays"
+)]
+
+use nvme_spec::{Sqe, Status};
+
+use super::slot::{Rest, Slot, Slots};
+use super::sq::Sq;
+use crate::backend::{AnyChannel, Channel as _, Operation, Request, Submitted};
+use crate::io::{self, Fill, Limits, Namespace, Plan, Range, Refusal};
+use crate::memory::{Buffers, GuestMap, HostSeg};
+
+/// What became of a command at once.
+pub(super) enum Begun {
+    Done(Refusal),
+    Pending,
+}
+
+impl From<Status> for Begun {
+    fn from(status: Status) -> Self {
+        Self::Done(status.into())
+    }
+}
+
+/// A command that was taken from its queue and checked; its data is on its way into the cache.
+pub(super) struct Prepared {
+    /// Its slot.
+    pub tag: u32,
+    /// Head of its queue after it.
+    pub head: u16,
+    /// How many segments are in its slot.
+    segments: u16,
+    /// The one copy of what the guest asked for.
+    pub sqe: Sqe,
+    plan: Result<Plan, Refusal>,
+}
+
+impl Default for Prepared {
+    fn default() -> Self {
+        Self {
+            tag: 0,
+            head: 0,
+            segments: 0,
+            sqe: Sqe::default(),
+            plan: Ok(Plan::Nothing),
+        }
+    }
+}
+
+/// What a command needs to get done.
+pub(super) struct Work<'a> {
+    pub namespaces: &'a [Namespace],
+    pub channels: &'a mut [AnyChannel],
+    pub map: &'a GuestMap,
+    pub limits: Limits,
+}
+
+impl Work<'_> {
+    /// Take the next command of a queue, which has one, with a slot for it. `false` if there is no slot after all.
+    #[inline]
+    pub fn prepare(&self, slots: &mut Slots, sq: &mut Sq, out: &mut Prepared) -> bool {
+        let Some(tag) = slots.take() else {
+            return false;
+        };
+        let Some(words) = sq.take() else {
+            slots.release(tag);
+            return false;
+        };
+        out.tag = tag;
+        out.head = sq.head;
+        out.segments = 0;
+        out.sqe = zerocopy::transmute!(words);
+        out.plan = if sq.was_aborted(out.sqe.cid) {
+            Err(Status::ABORT_REQUESTED.into())
+        } else {
+            io::parse(&out.sqe, self.namespaces, self.limits)
+        };
+        let Ok(Plan::Transfer {
+            namespace,
+            operation,
+            slba,
+            bytes,
+            ..
+        }) = out.plan
+        else {
+            return true;
+        };
+        let Some((_, room)) = slots.with_segments(tag) else {
+            return true;
+        };
+        let (prp1, prp2) = (out.sqe.prp1, out.sqe.prp2);
+        match io::resolve(self.map, &mut sq.near, prp1, prp2, bytes, Fill::new(room)) {
+            Ok(n) => {
+                // At most MAX_SEGMENTS.
+                out.segments = n as u16;
+                if let (Some(channel), Some(memory)) = (self.channels.get(namespace), room.get(..n))
+                {
+                    channel.prefetch(operation, slba, memory);
+                }
+            }
+            Err(status) => out.plan = Err(status.into()),
+        }
+        true
+    }
+
+    /// Begin a prepared command, or do it.
+    #[inline]
+    pub fn begin(
+        mut self,
+        slot: &mut Slot,
+        room: &mut [HostSeg],
+        prepared: &Prepared,
+        ranges: &mut Vec<Range>,
+    ) -> Begun {
+        slot.segments = u32::from(prepared.segments);
+        let tag = prepared.tag;
+        match prepared.plan {
+            Err(refusal) => {
+                slot.namespace = u32::MAX;
+                Begun::Done(refusal)
+            }
+            Ok(
+                Plan::Transfer {
+                    namespace,
+                    operation,
+                    slba,
+                    blocks,
+                    ..
+                }
+                | Plan::Blocks {
+                    namespace,
+                    operation,
+                    slba,
+                    blocks,
+                },
+            ) => {
+                slot.namespace = namespace as u32;
+                slot.blocks = blocks;
+                self.submit(tag, slot, room, operation, slba, blocks)
+            }
+            Ok(Plan::FlushAll) => {
+                slot.blocks = 0;
+                self.go_on(tag, slot, room, Rest::FlushFrom(0))
+            }
+            Ok(Plan::Deallocate {
+                namespace,
+                ranges: count,
+            }) => {
+                slot.namespace = namespace as u32;
+                slot.blocks = 0;
+                let Some(ns) = self.namespaces.get(namespace) else {
+                    return Status::INTERNAL_ERROR.into();
+                };
+                let (sqe, blocks) = (&prepared.sqe, ns.geometry.blocks);
+                if let Err(status) = io::read_ranges(self.map, sqe, count, blocks, ranges) {
+                    return status.into();
+                }
+                self.deallocate(tag, slot, room, ranges)
+            }
+            Ok(Plan::Nothing) => {
+                slot.namespace = u32::MAX;
+                Status::SUCCESS.into()
+            }
+        }
+    }
+
+    fn deallocate(
+        &mut self,
+        tag: u32,
+        slot: &mut Slot,
+        room: &mut [HostSeg],
+        ranges: &[Range],
+    ) -> Begun {
+        for (i, range) in ranges.iter().enumerate() {
+            let operation = Operation::Deallocate;
+            match self.submit(tag, slot, room, operation, range.slba, range.blocks) {
+                Begun::Done(refusal) if refusal.status.is_success() => {}
+                Begun::Pending if i + 1 < ranges.len() => {
+                    // Only a backend that takes its time gets here: the one command that remembers more than fits its slot.
+                    slot.rest = Rest::Ranges(ranges.iter().skip(i + 1).rev().copied().collect());
+                    return Begun::Pending;
+                }
+                other => return other,
+            }
+        }
+        Status::SUCCESS.into()
+    }
+
+    /// The next requests of a command that has several.
+    pub fn go_on(mut self, tag: u32, slot: &mut Slot, room: &mut [HostSeg], rest: Rest) -> Begun {
+        match rest {
+            Rest::Nothing => Status::SUCCESS.into(),
+            Rest::Ranges(mut ranges) => {
+                while let Some(range) = ranges.pop() {
+                    let operation = Operation::Deallocate;
+                    match self.submit(tag, slot, room, operation, range.slba, range.blocks) {
+                        Begun::Done(refusal) if refusal.status.is_success() => {}
+                        Begun::Pending => {
+                            slot.rest = Rest::Ranges(ranges);
+                            return Begun::Pending;
+                        }
+                        failed @ Begun::Done(_) => return failed,
+                    }
+                }
+                Status::SUCCESS.into()
+            }
+            Rest::FlushFrom(first) => {
+                for namespace in first..self.namespaces.len() {
+                    slot.namespace = namespace as u32;
+                    match self.submit(tag, slot, room, Operation::Flush, 0, 0) {
+                        Begun::Done(refusal) if refusal.status.is_success() => {}
+                        Begun::Pending => {
+                            slot.rest = Rest::FlushFrom(namespace + 1);
+                            return Begun::Pending;
+                        }
+                        failed @ Begun::Done(_) => return failed,
+                    }
+                }
+                Status::SUCCESS.into()
+            }
+        }
+    }
+
+    #[inline]
+    fn submit(
+        &mut self,
+        tag: u32,
+        slot: &Slot,
+        room: &[HostSeg],
+        operation: Operation,
+        slba: u64,
+        blocks: u32,
+    ) -> Begun {
+        let (Some(channel), Some(segs)) = (
+            self.channels.get_mut(slot.namespace as usize),
+            room.get(..slot.segments as usize),
+        ) else {
+            return Status::INTERNAL_ERROR.into();
+        };
+        // SAFETY: the segments were resolved in the controller's present map, which is held by `Served` and, when it is
+        // replaced, by `Waiting::Memory` until no slot uses a region that went (`lifecycle.rs`). No reference into
+        // guest memory exists outside the fence.
+        let data = unsafe { Buffers::new(segs) };
+        let request = Request {
+            operation,
+            slba,
+            blocks,
+            data,
+        };
+        // SAFETY: as above for the memory; the list of segments is the slot's own, which stays until the slot is released,
+        // which is after the request finished or was cancelled. `Served` drops its channels before its maps, and
+        // the engine drops controllers before slots.
+        match unsafe { channel.submit(tag, &request) } {
+            Submitted::Done(status) => status.into(),
+            Submitted::Pending => Begun::Pending,
+        }
+    }
+}
