@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use serde_json::{Value, json};
 
-use crate::table::{Measured, Subject};
+use crate::table::{Measured, Subject, median};
 
 const DEPTHS: [u32; 3] = [1, 32, 128];
 
@@ -143,19 +143,15 @@ pub fn markdown(head: &str, results: &[(Subject, Vec<Measured>)]) -> String {
                 let Some(b) = base.iter().find(|b| b.row == r.row) else {
                     return "-".into();
                 };
-                let mut ratios: Vec<f64> = r
+                let ratios: Vec<f64> = r
                     .runs
                     .iter()
                     .zip(&b.runs)
                     .map(|(r, b)| r.iops / b.iops)
                     .collect();
-                ratios.sort_by(f64::total_cmp);
-                match (ratios.first(), ratios.get(ratios.len() / 2), ratios.last()) {
-                    (Some(low), Some(mid), Some(high)) => {
-                        format!("{mid:.3} ({low:.2} to {high:.2})")
-                    }
-                    _ => "-".into(),
-                }
+                let low = ratios.iter().copied().fold(f64::MAX, f64::min);
+                let high = ratios.iter().copied().fold(0.0, f64::max);
+                format!("{:.3} ({low:.2} to {high:.2})", median(ratios))
             });
             let _ = writeln!(out);
         }

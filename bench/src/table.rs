@@ -173,13 +173,7 @@ pub struct Measured {
 impl Measured {
     /// Median over the rounds.
     pub fn median(&self, of: impl Fn(&Figures) -> f64) -> f64 {
-        let mut values: Vec<f64> = self.runs.iter().map(of).collect();
-        values.sort_by(f64::total_cmp);
-        match values.len() {
-            0 => 0.0,
-            n if n % 2 == 1 => values[n / 2],
-            n => f64::midpoint(values[n / 2 - 1], values[n / 2]),
-        }
+        median(self.runs.iter().map(of).collect())
     }
 
     /// Largest less smallest IOPS of the rounds, over their median.
@@ -190,6 +184,16 @@ impl Measured {
             values().fold(0.0, f64::max),
         );
         (high - low) / self.median(|f| f.iops)
+    }
+}
+
+/// The middle one, or the mean of the two in the middle; 0 of none.
+pub fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    match values.len() {
+        0 => 0.0,
+        n if n % 2 == 1 => values[n / 2],
+        n => f64::midpoint(values[n / 2 - 1], values[n / 2]),
     }
 }
 
@@ -333,6 +337,13 @@ mod tests {
         names.sort();
         names.dedup();
         assert_eq!(names.len(), 18);
+    }
+
+    #[test]
+    fn medians() {
+        assert_eq!(median(vec![]), 0.0);
+        assert_eq!(median(vec![3.0, 1.0, 2.0]), 2.0);
+        assert_eq!(median(vec![4.0, 1.0, 2.0, 3.0]), 2.5);
     }
 
     #[test]
