@@ -1,6 +1,8 @@
 //! Micro-benchmarks of a command's way on the `null` backend, in ticks of the time stamp counter: `scripts/bench micro`.
 
 mod parts;
+mod passes;
+mod rig;
 mod ticks;
 
 use std::time::Duration;
@@ -16,6 +18,6 @@ criterion_group! {
         .warm_up_time(Duration::from_millis(200))
         .measurement_time(Duration::from_millis(700))
         .sample_size(30);
-    targets = parts::checks, parts::prps
+    targets = parts::checks, parts::prps, passes::commands, passes::idle
 }
 criterion_main!(benches);

@@ -72,9 +72,9 @@ if [[ -n $callgrind ]]; then
 	# instructions KIND: what a command more costs, so that bringing it all up is not counted
 	instructions() {
 		local few many
-		few=$(collected "$1" 1000) many=$(collected "$1" 11000)
+		few=$(collected "$1" 3200) many=$(collected "$1" 35200)
 		[[ -n $few && -n $many ]] || fail "callgrind counted nothing for $1"
-		echo $(((many - few) / 10000))
+		echo $(((many - few) / 32000))
 	}
 	collected() {
 		valgrind --tool=callgrind --callgrind-out-file=/dev/null "$bin" "$1" "$2" 2>&1 | sed -nE 's/.*Collected : ([0-9]+).*/\1/p'

@@ -21,6 +21,8 @@ pub(crate) mod sleep;
 mod slot;
 mod sq;
 pub mod stats;
+#[cfg(feature = "testing")]
+pub mod testing;
 mod thread;
 mod work;
 

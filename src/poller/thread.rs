@@ -93,8 +93,9 @@ impl Thread {
         }
     }
 
+    /// Look at everything once; whether there was anything.
     #[inline]
-    fn pass(&mut self) -> bool {
+    pub fn pass(&mut self) -> bool {
         let (bed, mut gone) = (&mut self.bed, false);
         let busy = self.engine.pass(|served| {
             for channel in &served.channels {
@@ -153,7 +154,7 @@ impl Thread {
     }
 
     /// Read all mail. `true` if the thread is to end.
-    fn read_mail(&mut self) -> bool {
+    pub fn read_mail(&mut self) -> bool {
         while let Some(message) = self.mailbox.next() {
             if matches!(message, Message::Stop) {
                 return true;
@@ -162,6 +163,14 @@ impl Thread {
         }
         self.engine.changed();
         false
+    }
+
+    /// Write no journal from now on, for those who want to know what it costs.
+    #[cfg(feature = "testing")]
+    pub fn without_journal(&mut self) {
+        for served in self.engine.served.iter_mut().flatten() {
+            served.journal = None;
+        }
     }
 
     fn find(&mut self, key: ControllerKey) -> Option<(&mut Served, &mut Core, &mut Bed)> {
