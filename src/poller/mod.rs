@@ -30,6 +30,8 @@ mod work;
 mod models;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_journal;
 
 pub use interrupt::Coalescing;
 pub use journal::{Copied, Journal};
