@@ -13,7 +13,7 @@ use super::geometry::{Extent, bytes_of};
 use super::{
     Cancelled, Channel, Finished, Geometry, OpenError, Operation, Request, Submitted, Tag, wake,
 };
-use crate::memory::{HostSeg, Store};
+use crate::memory::{HostSeg, Recent, Store};
 
 /// Zeroing more than this at once would hold up the other queues of a poller: it is done in steps of this many bytes.
 const ZERO_STEP: u64 = 2 << 20;
@@ -82,6 +82,7 @@ impl MemoryBackend {
         Ok(MemoryChannel {
             geometry: self.geometry,
             store: Arc::clone(&self.store),
+            recent: Recent::default(),
             jobs: VecDeque::with_capacity(depth as usize),
             wake: wake::event_fd()?,
         })
@@ -144,6 +145,7 @@ struct Job {
 pub struct MemoryChannel {
     geometry: Geometry,
     store: Arc<Store>,
+    recent: Recent,
     jobs: VecDeque<Job>,
     /// Readable while there are jobs.
     wake: OwnedFd,
@@ -208,7 +210,11 @@ impl Channel for MemoryChannel {
             Err(status) => return Submitted::Done(status),
         };
         Submitted::Done(match request.operation {
-            Operation::Read => done(self.store.read_into(&request.data, extent.start)),
+            Operation::Read => done(self.store.read_into(
+                &request.data,
+                extent.start,
+                &mut self.recent,
+            )),
             Operation::Write { .. } => done(self.store.write_from(&request.data, extent.start)),
             Operation::Compare => match self.store.compare(&request.data, extent.start) {
                 Some(true) => Status::SUCCESS,

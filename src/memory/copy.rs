@@ -11,39 +11,39 @@ const STREAM_FROM: usize = 2048;
 /// Bytes of a cache line.
 const LINE: usize = 64;
 
-/// How many bytes into a store are copied.
+/// How bytes are copied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum CopyIn {
+pub(super) enum Copy {
     /// Through the cache.
     Cached,
-    /// Large aligned pieces around it: a store that is larger than the cache would have each line read first, only to be
+    /// Large aligned pieces around it. Where the destination is not in the cache, each of its lines would be read first, only to be
     /// overwritten, and other lines thrown out for it.
     Streamed,
 }
 
-impl CopyIn {
-    /// The way for a store of `len` bytes on this machine.
-    pub fn of_store(len: u64) -> Self {
+impl Copy {
+    /// The way into a store of `len` bytes on this machine.
+    pub fn into_store(len: u64) -> Self {
         /// Above the last-level cache's share of a core, on anything this is likely to run on.
         const LARGE: u64 = 32 << 20;
-        #[cfg(target_arch = "x86_64")]
-        if len >= LARGE && std::arch::is_x86_feature_detected!("avx2") {
-            return Self::Streamed;
+        if len >= LARGE && can_stream() {
+            Self::Streamed
+        } else {
+            Self::Cached
         }
-        let _ = len;
-        Self::Cached
     }
 
-    /// Copy `n` bytes from `from` into a store at `to`. They are visible to all before anything that is stored later.
+    /// Copy `n` bytes. They are visible to all before anything that is stored later.
     ///
     /// # Safety
     ///
     /// `n` bytes are readable at `from` and writable at `to`, they do not overlap, and no Rust reference to them is in use.
+    /// [`Self::Streamed`] comes from [`Self::into_store`] or [`Recent::way`].
     #[inline]
     pub unsafe fn copy(self, from: *const u8, to: *mut u8, n: usize) {
         #[cfg(target_arch = "x86_64")]
         if self == Self::Streamed && n >= STREAM_FROM && (to.addr() | n) & (LINE - 1) == 0 {
-            // SAFETY: `of_store` found the instructions; the rest is our contract, and the check above.
+            // SAFETY: whoever chose this way found the instructions; the rest is our contract, and the check above.
             return unsafe { stream(from, to, n) };
         }
         // SAFETY: our contract.
@@ -51,11 +51,59 @@ impl CopyIn {
     }
 }
 
+fn can_stream() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return std::arch::is_x86_feature_detected!("avx2");
+    #[cfg(not(target_arch = "x86_64"))]
+    return false;
+}
+
+/// The pages of guests that were copied to of late, more or less: which are likely to be in the cache.
+///
+/// A guest that reads into the same few buffers over and over has them there, and a copy through the cache is the fastest. One that
+/// reads into ever new pages (a page cache) has not.
+pub struct Recent {
+    /// The page number at its lowest bits; one table, small enough to stay near.
+    pages: Box<[u32; Self::ENTRIES]>,
+    can_stream: bool,
+}
+
+impl Default for Recent {
+    fn default() -> Self {
+        Self {
+            pages: Box::new([0; Self::ENTRIES]),
+            can_stream: can_stream(),
+        }
+    }
+}
+
+impl Recent {
+    /// 4 MiB of pages: with the data that comes from a store, that is what a last-level cache keeps for a core.
+    const ENTRIES: usize = 1024;
+
+    /// The way to a guest's `len` bytes at `to`; from now on it is a page that was copied to.
+    #[inline]
+    pub(super) fn way(&mut self, to: *const u8, len: usize) -> Copy {
+        if len < STREAM_FROM || !self.can_stream {
+            return Copy::Cached;
+        }
+        let page = (to.addr() >> 12) as u32;
+        let Some(entry) = self.pages.get_mut(page as usize % Self::ENTRIES) else {
+            return Copy::Cached;
+        };
+        if std::mem::replace(entry, page) == page {
+            Copy::Cached
+        } else {
+            Copy::Streamed
+        }
+    }
+}
+
 /// Copy whole lines around the cache.
 ///
 /// # Safety
 ///
-/// As [`CopyIn::copy`]; `to` and `n` are multiples of a line.
+/// As [`Copy::copy`]; `to` and `n` are multiples of a line.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
 unsafe fn stream(from: *const u8, to: *mut u8, n: usize) {
@@ -99,8 +147,8 @@ mod tests {
 
     #[test]
     fn both_ways_copy_every_byte_and_no_other() {
-        assert_eq!(CopyIn::of_store(4096), CopyIn::Cached);
-        for way in [CopyIn::of_store(1 << 40), CopyIn::Cached] {
+        assert_eq!(Copy::into_store(4096), Copy::Cached);
+        for way in [Copy::into_store(1 << 40), Copy::Cached] {
             for (skew, n) in [(0, 4096), (0, 2048), (0, 2050), (8, 4096), (0, 64), (3, 1)] {
                 let from: Vec<u8> = (0..8192u32).map(|i| (i * 7) as u8).collect();
                 #[repr(align(64))]
@@ -118,5 +166,22 @@ mod tests {
                 );
             }
         }
+    }
+    #[test]
+    fn pages_that_come_again_soon_are_in_the_cache() {
+        let mut recent = Recent::default();
+        if !recent.can_stream {
+            return;
+        }
+        let page = |n: usize| std::ptr::without_provenance::<u8>(0x7000_0100_0000 + n * 4096);
+        let mut lap = |pages: usize, len| {
+            (0..pages)
+                .filter(|n| recent.way(page(*n), len) == Copy::Cached)
+                .count()
+        };
+        assert_eq!([lap(128, 4096), lap(128, 4096)], [0, 128]);
+        assert_eq!(lap(65536, 4096), 128, "those that were known");
+        assert_eq!(lap(65536, 4096), 0, "too many to keep");
+        assert_eq!(lap(10, 512), 10, "small ones always");
     }
 }

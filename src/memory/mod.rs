@@ -17,6 +17,7 @@ mod vm;
 mod window;
 mod words;
 
+pub use copy::Recent;
 pub(crate) use held::Held;
 pub use map::{GuestMap, MapError, Near, Region};
 pub use ring::{Place, Ring, SharedWord};

@@ -12,7 +12,7 @@ use std::os::fd::AsFd;
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
-use super::copy::{CopyIn, prefetch};
+use super::copy::{Copy, Recent, prefetch};
 use super::{Buffers, HostSeg};
 
 const PAGE: u64 = 4096;
@@ -30,7 +30,7 @@ pub struct Store {
     /// What is mapped: `len` in whole pages.
     mapped: usize,
     huge: bool,
-    copy_in: CopyIn,
+    into: Copy,
     file: File,
 }
 
@@ -82,7 +82,7 @@ impl Store {
             len,
             mapped,
             huge,
-            copy_in: CopyIn::of_store(len),
+            into: Copy::into_store(len),
             file: fd.into(),
         };
         // Advice only: without it the store works as well.
@@ -126,7 +126,7 @@ impl Store {
     /// Copy from byte `offset` on into `data`, all of it. `false`, and nothing done, if that is not inside.
     #[inline]
     #[must_use]
-    pub fn read_into(&self, data: &Buffers<'_>, offset: u64) -> bool {
+    pub fn read_into(&self, data: &Buffers<'_>, offset: u64, recent: &mut Recent) -> bool {
         let Some(from) = self.at(offset, data.len() as u64) else {
             return false;
         };
@@ -135,7 +135,7 @@ impl Store {
             // `at` found inside our mapping. The mapping is ours alone, so that the two cannot overlap. Others may copy
             // the same bytes meanwhile: this is a plain copy of bytes (memcpy) between memories no reference
             // points to, any mixture of old and new bytes is a valid outcome, and nothing is decided by them.
-            unsafe { std::ptr::copy_nonoverlapping(from.add(done), ptr, n) }
+            unsafe { recent.way(ptr, n).copy(from.add(done), ptr, n) }
         });
         true
     }
@@ -149,7 +149,7 @@ impl Store {
         };
         data.each(0, data.len(), |ptr, done, n| {
             // SAFETY: as in `read_into`, the other way.
-            unsafe { self.copy_in.copy(ptr, to.add(done), n) }
+            unsafe { self.into.copy(ptr, to.add(done), n) }
         });
         true
     }
@@ -249,13 +249,18 @@ mod tests {
 
     #[test]
     fn bytes_come_back_and_bounds_hold() {
+        let mut recent = Recent::default();
         let store = Store::new(10_000, false).unwrap();
         let mut data: Vec<u8> = (0..9000u32).map(|i| i as u8).collect();
         assert!(with(&mut data, |b| store.write_from(b, 1000)));
         assert!(!with(&mut data, |b| store.write_from(b, 1001)));
-        assert!(!with(&mut data, |b| store.read_into(b, u64::MAX)));
+        assert!(!with(&mut data, |b| store.read_into(
+            b,
+            u64::MAX,
+            &mut recent
+        )));
         let mut back = vec![0xee; 9000];
-        assert!(with(&mut back, |b| store.read_into(b, 1000)));
+        assert!(with(&mut back, |b| store.read_into(b, 1000, &mut recent)));
         assert_eq!(back, data);
         assert_eq!(with(&mut data, |b| store.compare(b, 1000)), Some(true));
         assert_eq!(with(&mut data, |b| store.compare(b, 1001)), None);
@@ -268,6 +273,7 @@ mod tests {
 
     #[test]
     fn zeroing_frees_whole_pages_and_only_what_was_asked() {
+        let mut recent = Recent::default();
         let store = Store::new(64 << 10, false).unwrap();
         let mut data = vec![7; 64 << 10];
         assert!(with(&mut data, |b| store.write_from(b, 0)));
@@ -277,7 +283,7 @@ mod tests {
         assert!(!store.zero(100, 64 << 10));
         assert!(!store.zero(u64::MAX, 2));
         assert!(store.allocated() < full);
-        assert!(with(&mut data, |b| store.read_into(b, 0)));
+        assert!(with(&mut data, |b| store.read_into(b, 0, &mut recent)));
         let zero = |i: usize| (100..40_100).contains(&i);
         assert!(
             data.iter()
