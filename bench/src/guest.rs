@@ -38,6 +38,8 @@ pub struct Work {
     pub entries: u32,
     /// Bytes of the guest's memory that data is read to and written from.
     pub buffers: u64,
+    /// Completions taken from a queue before the next one has its turn, at most.
+    pub batch: u32,
     /// Sleep on interrupts instead of polling.
     pub interrupts: bool,
 }
@@ -167,6 +169,7 @@ impl Client {
                     seed,
                 ),
                 depth: work.depth,
+                batch: work.batch,
             }));
         }
         Ok(Self {

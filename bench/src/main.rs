@@ -80,6 +80,9 @@ struct Target {
     /// Guest memory that data goes to and comes from, in MiB; 0: one buffer for each command that is out
     #[arg(long, default_value_t = 256, value_name = "MIB", value_parser = clap::value_parser!(u64).range(..=65536))]
     buffers: u64,
+    /// Completions taken from a queue before the next one has its turn, at most
+    #[arg(long, default_value_t = u32::MAX, hide_default_value = true, value_name = "N")]
+    batch: u32,
 }
 
 #[derive(Debug, Args)]
@@ -157,6 +160,7 @@ impl Target {
             queues: self.queues,
             entries: self.queue_size,
             buffers: self.buffers << 20,
+            batch: self.batch,
             interrupts,
         }
     }

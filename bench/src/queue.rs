@@ -37,6 +37,8 @@ pub struct Parts {
     pub pattern: Pattern,
     /// Commands kept out, below `entries`.
     pub depth: u32,
+    /// Completions taken at a time, at most.
+    pub batch: u32,
 }
 
 /// A queue pair with `depth` commands out.
@@ -44,6 +46,7 @@ pub struct Queue {
     sq: SqRing,
     cq: CqRing,
     entries: u32,
+    batch: u32,
     tail: u32,
     head: u32,
     phase: bool,
@@ -66,6 +69,7 @@ impl Queue {
             sq: parts.sq,
             cq: parts.cq,
             entries: parts.entries,
+            batch: parts.batch.clamp(1, parts.entries),
             tail: 0,
             head: 0,
             phase: true,
@@ -127,7 +131,7 @@ impl Queue {
         self.tail = if next == self.entries { 0 } else { next };
     }
 
-    /// Take all completions there are; with `again` submit a command for each. Both doorbells are stored once.
+    /// Take the completions there are, at most a batch; with `again` submit a command for each. Both doorbells are stored once.
     ///
     /// # Errors
     ///
@@ -166,8 +170,7 @@ impl Queue {
                 self.out -= 1;
             }
             high = self.cq.high_half(self.head);
-            // A batch ends where a queue pair would hold up the next one.
-            if (high >> 48) & 1 != u64::from(self.phase) || taken == self.entries {
+            if (high >> 48) & 1 != u64::from(self.phase) || taken == self.batch {
                 break;
             }
         }

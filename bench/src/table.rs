@@ -279,6 +279,7 @@ fn measure(
         queues: 1,
         entries: 256,
         buffers: plan.buffers << 20,
+        batch: u32::MAX,
         interrupts: false,
     };
     let socket = subject.dir.join(format!("{}.sock", row.namespace));

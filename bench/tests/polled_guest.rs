@@ -34,7 +34,7 @@ fn loads_of_every_kind() {
     let daemon = TestDaemon::one(Plan::of(Disk::memory(9, 16384)));
     for load in [
         "--fill --op randread --buffers 8",
-        "--op randwrite --depth 32 --buffers 8",
+        "--op randwrite --depth 32 --buffers 8 --batch 3",
         "--op mix --depth 31 --queue-size 32 --queues 3 --buffers 8",
         "--op mix --block-size 512 --depth 8 --interrupts --buffers 8",
         "--op mix --block-size 131072 --depth 8 --buffers 0",

@@ -276,7 +276,7 @@ bench_fair() {
 	step "fairness: one poller, several guests ($rounds rounds of $seconds s)"
 	bench_huge_pages $((8 * 256 + 8 * 16))
 	bench_daemon "$dir/fair" "${daemons[-1]}" "${policies[0]}" "${names[@]}"
-	printf '### Fairness\n\nOne poller (%s), one client thread for all guests. Each figure is the median of %d rounds.\n\n' "${policies[0]}" "$rounds" >"$out/fair.md"
+	printf '### Fairness\n\nOne poller (%s), one client thread for all guests, which takes at most 16 completions of each in turn. Each figure is the median of %d rounds.\n\n' "${policies[0]}" "$rounds" >"$out/fair.md"
 	for namespace in null memory; do
 		sockets=() low=() high=() alone=() beside=()
 		for ((i = 1; i <= 8; i++)); do sockets+=(--socket "$dir/fair/$namespace$i.sock"); done
@@ -303,7 +303,7 @@ bench_fair() {
 	echo >>"$out/fair.md"
 	cat -- "$out/fair.md"
 }
-bench_load() { "${favoured[@]}" "$guest" load "$@" --seconds "$seconds" --core "$client_core" --buffers 16; }
+bench_load() { "${favoured[@]}" "$guest" load "$@" --seconds "$seconds" --core "$client_core" --buffers 16 --batch 16; }
 median() { printf '%s\n' "$@" | sort -g | sed -n "$((($# + 1) / 2))p"; }
 # bench_ratios median|worst LOWS HIGHS
 bench_ratios() {
