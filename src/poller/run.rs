@@ -138,7 +138,7 @@ impl Served {
         }
         let sqe: Sqe = zerocopy::transmute!(slot.sqe);
         let (sqid, cqid) = (slot.sqid, slot.cqid);
-        let (namespace, blocks) = (slot.namespace, slot.blocks);
+        let (namespace, blocks, start) = (slot.namespace, slot.blocks, slot.start);
         core.slots.release(tag);
         if let (Some(Some(sq)), Some(Some(cq))) = (
             self.sqs.get_mut(usize::from(sqid)),
@@ -147,6 +147,7 @@ impl Served {
             done::post(sq, cq, sqe.cid, sq.head, status);
             sq.outstanding = sq.outstanding.saturating_sub(1);
             sq.stats.completed.add(1);
+            sq.stats.service.done(start);
             self.posted |= 1 << (cqid & 63);
             if let Some(journal) = &self.journal {
                 journal.strike(tag);
@@ -205,6 +206,7 @@ impl Served {
         }
 
         let cqid = sq.cqid;
+        let start = sq.stats.service.start();
         let mut tally = Tally::new(&self.at.stats);
         let (mut done, mut out) = (0, 0);
         // Two commands are in hand: while one is done, the data of the next is on its way.
@@ -235,6 +237,7 @@ impl Served {
                     let (namespace, blocks) = (slot.namespace, slot.blocks);
                     core.slots.release(now.tag);
                     done::post(sq, cq, now.sqe.cid, now.head, refusal.status);
+                    sq.stats.service.done(start);
                     done += 1;
                     tally.count(namespace, now.sqe.opcode, blocks, refusal.status);
                     if let Some(failure) =
@@ -254,6 +257,7 @@ impl Served {
                     slot.cid = now.sqe.cid;
                     slot.mute = false;
                     slot.queue_deleted = false;
+                    slot.start = start;
                     slot.abort = None;
                     slot.sqe = zerocopy::transmute!(now.sqe);
                     core.sequence = core.sequence.wrapping_add(1);
@@ -274,6 +278,9 @@ impl Served {
         tally.settle();
         sq.outstanding += out;
         sq.stats.batches.add(1);
+        if let Some(size) = sq.stats.batch_sizes.get(granted.ilog2() as usize) {
+            size.add(1);
+        }
         sq.stats.fetched.add(u64::from(done + out));
         if let Some(journal) = &self.journal {
             journal.fetched(qid, sq.head);

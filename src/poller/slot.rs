@@ -1,5 +1,7 @@
 //! The places of commands that are out: fixed, reused, named by their index, which is the backend's tag.
 
+use std::time::Instant;
+
 use crate::io::{MAX_SEGMENTS, Range};
 use crate::memory::HostSeg;
 
@@ -43,6 +45,8 @@ pub(super) struct Slot {
     pub segments: u32,
     /// How many blocks it moves or examines, for the counters.
     pub blocks: u32,
+    /// When it was fetched, if somebody asks.
+    pub start: Option<Instant>,
     /// The reply that waits for what becomes of it.
     pub abort: Option<u64>,
     /// What the guest asked for.
@@ -71,6 +75,7 @@ impl Slots {
                 queue_deleted: false,
                 segments: 0,
                 blocks: 0,
+                start: None,
                 abort: None,
                 sqe: [0; 8],
                 rest: Rest::Nothing,

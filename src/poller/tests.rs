@@ -60,6 +60,8 @@ struct Guest {
     token: u64,
     /// Times the guest had to ring by register.
     rings: u32,
+    /// Counters of the submission queue.
+    stats: Arc<QueueStats>,
 }
 
 fn eventfd() -> (std::fs::File, std::fs::File) {
@@ -112,6 +114,7 @@ impl Guest {
             phase: true,
             token: 0,
             rings: 0,
+            stats: Arc::default(),
         };
         let attachment = Box::new(Attachment {
             key: KEY,
@@ -171,7 +174,7 @@ impl Guest {
             size,
             cqid: 1,
             kick: Some(kick),
-            stats: Arc::new(QueueStats::default()),
+            stats: Arc::clone(&self.stats),
         };
         let made = self.ask(|token| Message::CreateSq {
             token,
@@ -598,4 +601,41 @@ fn a_core_that_is_not_there_is_an_error() {
     };
     let error = PollerPool::start(&[config]).err().unwrap();
     assert!(error.to_string().contains("core 1000000"), "{error}");
+}
+
+#[test]
+fn counters_tell_what_happened() {
+    let mut g = Guest::new(64, IdlePolicy::Adaptive, true);
+    g.stats.service.ask(true);
+    let read = |cid, slba| io(NvmOpcode::READ, cid, slba, 1, DATA, 0);
+    for cid in 0..5 {
+        assert_eq!(g.run(read(cid, 1)), Status::SUCCESS);
+    }
+    assert_eq!(g.run(read(5, 1 << 40)), Status::LBA_OUT_OF_RANGE);
+    (0..40).for_each(|cid| g.push(read(cid, 2)));
+    g.ring_tail();
+    (0..40).for_each(|_| assert!(g.wait().status().is_success()));
+    g.done();
+    g.stats.service.ask(false);
+    assert_eq!(g.run(read(6, 3)), Status::SUCCESS);
+    // The poller counts after it posts: ask it something, and it has.
+    let asked = g.ask(|token| Message::Abort {
+        token,
+        key: KEY,
+        sqid: 1,
+        cid: 99,
+    });
+    assert_eq!(asked, Ok(false));
+    let s = &g.stats;
+    let of = [&s.fetched, &s.completed, &s.failed].map(stats::Counter::get);
+    assert_eq!(of, [47, 47, 1]);
+    // 40 at once are a batch of 32 and one of 8; the others came alone.
+    let sizes = s.batch_sizes.each_ref().map(stats::Counter::get);
+    assert_eq!(sizes, [7, 0, 0, 1, 0, 1]);
+    assert_eq!(s.batches.get(), 9);
+    assert_eq!(s.service.counts().iter().sum::<u64>(), 46);
+    let poller = &g.pool.handles()[0].stats;
+    let (passes, empty) = (poller.passes.get(), poller.empty.get());
+    assert!(empty > 0 && passes >= empty + 9, "{passes} {empty}");
+    assert!(poller.races_lost.get() <= poller.sleeps.get());
 }

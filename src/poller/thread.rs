@@ -72,18 +72,25 @@ impl Thread {
 
     /// Run until told to stop.
     pub fn run(mut self) {
+        let mut slept = false;
         loop {
-            if self.mailbox.has_mail() && self.read_mail() {
-                return;
+            if self.mailbox.has_mail() {
+                slept = false;
+                if self.read_mail() {
+                    return;
+                }
             }
             self.stats.passes.add(1);
             let busy = self.pass();
             if !busy {
                 self.stats.empty.add(1);
+                self.stats.races_lost.add(u64::from(slept));
             }
+            slept = false;
             let enough = self.quiet.passed(busy) && self.look_at_clock();
             if !busy && (enough || self.config.idle == IdlePolicy::Interrupt) {
-                match idle::doze(&mut self) {
+                slept = idle::doze(&mut self);
+                match slept {
                     true => self.quiet.slept(),
                     false => self.stats.races_won.add(1),
                 }
