@@ -212,7 +212,7 @@ micros() { awk -v ns="$1" 'BEGIN {printf "%.2f", ns / 1000}'; }
 # ---------------------------------------------------------------- parts
 
 bench_table() {
-	local names name want=() subjects=() pids=() i policy label
+	local names name want=() subjects=() pids=() i policy label load
 	mapfile -t names < <("$guest" rows)
 	for name in "${names[@]}"; do
 		if [[ -z $filter || $name =~ $filter ]]; then want+=(--row "$name"); fi
@@ -229,8 +229,13 @@ bench_table() {
 			subjects+=(--daemon "$label,$DAEMON_PID,$dir/table-$i-$policy")
 		done
 	done
+	# In the background, so that a signal to us is not kept waiting until it has ended.
 	"${favoured[@]}" "$guest" table "${subjects[@]}" "${want[@]}" --seconds "$seconds" --rounds "$rounds" --core "$client_core" \
-		--buffers "$buffers" --head "$head" --out "$out" ${json:+--json "$json"} >/dev/null || fail "it did not go through"
+		--buffers "$buffers" --head "$head" --out "$out" ${json:+--json "$json"} >/dev/null &
+	load=$!
+	on_exit _end_child "$load"
+	wait "$load" || fail "it did not go through"
+	_forget_exit _end_child "$load"
 	for DAEMON_PID in "${pids[@]}"; do bench_stop; done
 	ok
 	cat -- "$out/report.md"
