@@ -48,6 +48,7 @@ impl Engine {
             touched,
             ..
         } = self;
+        core.expect(looks.busy());
         looks.pass(|index, qid, value| {
             let Some(Some(served)) = served.get_mut(usize::from(index)) else {
                 return Seen::default();

@@ -105,6 +105,12 @@ impl Looks {
         }
     }
 
+    /// How many were rung of late.
+    #[inline]
+    pub fn busy(&self) -> usize {
+        self.busy
+    }
+
     /// Look at every doorbell, for an empty pass that may be the last before a sleep.
     pub fn all_busy(&mut self) {
         self.busy = self.all.len();

@@ -11,8 +11,11 @@ use super::work::{Begun, Prepared, Work};
 use crate::backend::{Channel as _, Finished};
 use crate::io::{MAX_RANGES, Range};
 
-/// Commands taken from one queue before the next queue has its turn.
-pub(super) const BURST: u32 = 32;
+/// Commands taken from one queue before results and mail have their turn.
+const BURST: u32 = 32;
+
+/// The same where other queues are busy: a command that comes alone waits for a burst of each of the others.
+const SHARED_BURST: u32 = 8;
 
 /// What all controllers of a poller share.
 pub(super) struct Core {
@@ -23,6 +26,8 @@ pub(super) struct Core {
     ranges: Vec<Range>,
     /// Commands one controller may have out at a time.
     pub quota: usize,
+    /// Commands taken from one queue before the next has its turn.
+    burst: u32,
     /// Fetch order of commands that have to wait.
     sequence: u32,
 }
@@ -34,8 +39,15 @@ impl Core {
             finished: Vec::with_capacity(slots),
             ranges: Vec::with_capacity(MAX_RANGES),
             quota: slots,
+            burst: BURST,
             sequence: 0,
         }
+    }
+
+    /// So many queues are busy.
+    #[inline]
+    pub fn expect(&mut self, queues: usize) {
+        self.burst = if queues > 1 { SHARED_BURST } else { BURST };
     }
 }
 
@@ -186,7 +198,7 @@ impl Served {
         }
         let share = core.quota.saturating_sub(self.outstanding);
         let slots = u32::try_from(core.slots.available().min(share)).unwrap_or(u32::MAX);
-        let wanted = waiting.min(BURST).min(slots);
+        let wanted = waiting.min(core.burst).min(slots);
         let granted = match cq.reserve(wanted) {
             Ok(n) => n,
             Err(_) => {
