@@ -207,9 +207,12 @@ fn every_queue_of_many_controllers_is_served() {
     let read = |slba| ReadWrite::new(1, slba, 0).to_sqe(NvmOpcode::READ, prp1, 0);
     for queue in 0..130 {
         for _ in 0..3 {
+            // Other queues are busy too: so many at a time.
             bench.submit(queue, (0..15).map(read));
             assert!(bench.pass());
-            assert_eq!(bench.complete(queue), (15, true), "queue {queue}");
+            assert_eq!(bench.complete(queue), (8, true), "queue {queue}");
+            assert!(bench.pass());
+            assert_eq!(bench.complete(queue), (7, true), "queue {queue}");
         }
     }
     bench.submit(129, [read(1000)]);
