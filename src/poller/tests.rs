@@ -54,6 +54,7 @@ struct Guest {
     head_kick: std::fs::File,
     vector: Arc<Vector>,
     calls: std::fs::File,
+    cq_stats: Arc<QueueStats>,
     tail: u16,
     head: u16,
     phase: bool,
@@ -109,6 +110,7 @@ impl Guest {
             head_kick,
             vector,
             calls,
+            cq_stats: Arc::default(),
             tail: 0,
             head: 0,
             phase: true,
@@ -160,7 +162,7 @@ impl Guest {
             size,
             vector: Some(vector),
             kick: Some(head_kick),
-            stats: Arc::new(QueueStats::default()),
+            stats: Arc::clone(&self.cq_stats),
         };
         let made = self.ask(|token| Message::CreateCq {
             token,
@@ -638,4 +640,71 @@ fn counters_tell_what_happened() {
     let (passes, empty) = (poller.passes.get(), poller.empty.get());
     assert!(empty > 0 && passes >= empty + 9, "{passes} {empty}");
     assert!(poller.races_lost.get() <= poller.sleeps.get());
+}
+
+#[test]
+fn each_batch_is_signalled_or_needs_no_interrupt() {
+    for idle in [
+        IdlePolicy::Poll,
+        IdlePolicy::Adaptive,
+        IdlePolicy::Interrupt,
+    ] {
+        let mut g = Guest::new(64, idle, true);
+        for _ in 0..500 {
+            for cid in 0..8 {
+                g.push(io(NvmOpcode::READ, cid, 0, 1, DATA, 0));
+                g.ring_tail();
+            }
+            for _ in 0..8 {
+                g.wait();
+            }
+            g.done();
+        }
+        let until = Instant::now() + Duration::from_secs(10);
+        loop {
+            let (sent, spared) = (g.cq_stats.interrupts.get(), g.cq_stats.suppressed.get());
+            let batches = g.stats.batches.get();
+            if sent + spared == batches {
+                assert!(sent > 0);
+                break;
+            }
+            assert!(
+                Instant::now() < until,
+                "{idle:?}: {sent} interrupts sent and {spared} spared for {batches} batches"
+            );
+            std::thread::yield_now();
+        }
+    }
+}
+
+#[test]
+fn entries_below_the_threshold_are_signalled_in_time() {
+    for idle in [
+        IdlePolicy::Poll,
+        IdlePolicy::Adaptive,
+        IdlePolicy::Interrupt,
+    ] {
+        let mut g = Guest::new(16, idle, false);
+        let two_ms = Coalescing { thr_z: 4, time: 20 };
+        g.vector.set_coalescing(two_ms);
+        let calls = |g: &Guest| {
+            let mut count = [0; 8];
+            use std::io::Read as _;
+            (&g.calls)
+                .read(&mut count)
+                .map_or(0, |_| u64::from_ne_bytes(count))
+        };
+        for _ in 0..10 {
+            let start = Instant::now();
+            g.push(io(NvmOpcode::READ, 1, 0, 1, DATA, 0));
+            g.ring_tail();
+            g.wait();
+            while calls(&g) == 0 {
+                assert!(start.elapsed() < Duration::from_secs(10), "{idle:?}");
+                std::thread::yield_now();
+            }
+            assert!(start.elapsed() >= Duration::from_millis(2), "{idle:?}");
+            g.done();
+        }
+    }
 }

@@ -9,6 +9,7 @@ mod memory;
 mod process;
 mod prps;
 mod reconnect;
+mod signalled;
 mod statuses;
 mod teardown;
 mod wakeup;

@@ -134,6 +134,11 @@ fn poll_with_shadow_doorbells() {
 }
 
 #[test]
+fn poll() {
+    run(IdlePolicy::Poll, false, 32, Disk::null(9, 64));
+}
+
+#[test]
 fn the_smallest_queues() {
     run(IdlePolicy::Interrupt, true, 2, Disk::null(9, 64));
     run(IdlePolicy::Adaptive, false, 2, Disk::null(9, 64));
