@@ -27,10 +27,12 @@ Namespaces:
   --namespace memory,size=1G                 in memory, gone with the daemon
   --namespace file,path=/srv/disk.img        a file (make it with: truncate -s 10G /srv/disk.img)
   --namespace file,path=/dev/sdb,read-only   a block device, write-protected
+  --namespace nvme-passthrough,path=/dev/ng0n1   an NVMe SSD's namespace, command for command
   --namespace null,size=1T                   stores nothing, for measurements
 
   Keys for all of them: block-size=4096 (or 512), read-only, nsid=N, uuid=..., nguid=..., eui64=...
-  For memory: huge-pages=if-free (or never, required). For file: direct=on (or off).
+  For memory: huge-pages=if-free (or never, required). For file: direct=on (or off),
+  iopoll=auto (or on, off).
 
 Examples:
   A disk of 1 GiB in memory, then the same with a second disk out of a file:

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use nvme_spec::Status;
 use vhost_user_nvme::backend::{
-    Backend, Channel, FileOptions, HugePages, MemoryOptions, NullOptions, Operation, Request,
-    Submitted,
+    Backend, Channel, FileOptions, HugePages, IoPoll, MemoryOptions, NullOptions, Operation,
+    Request, Submitted,
 };
 use vhost_user_nvme::memory::{Buffers, HostSeg};
 
@@ -127,6 +127,17 @@ fn a_poller_never_allocates() {
     });
     assert_eq!(allocations_per_steady_state(&memory.unwrap()), 0, "memory");
 
+    let file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
+    file.as_file().set_len(4 << 20).unwrap();
+    let file = Backend::file(FileOptions {
+        path: file.path().to_owned(),
+        block_shift: 9,
+        read_only: false,
+        direct: true,
+        iopoll: IoPoll::Auto,
+    });
+    assert_eq!(allocations_per_steady_state(&file.unwrap()), 0, "tmpfs");
+
     let file = tempfile::NamedTempFile::new().unwrap();
     file.as_file().set_len(4 << 20).unwrap();
     let file = Backend::file(FileOptions {
@@ -134,6 +145,7 @@ fn a_poller_never_allocates() {
         block_shift: 9,
         read_only: false,
         direct: true,
+        iopoll: IoPoll::Auto,
     });
     assert_eq!(allocations_per_steady_state(&file.unwrap()), 0, "file");
 }

@@ -7,7 +7,8 @@ use std::time::Duration;
 use nvme_spec::ring::RingSize;
 use tempfile::TempDir;
 use vhost_user_nvme::backend::{
-    Backend, Delay, Fault, FileOptions, HugePages, MemoryOptions, NullOptions, OpenError, Rules,
+    Backend, Delay, Fault, FileOptions, HugePages, IoPoll, MemoryOptions, NullOptions, OpenError,
+    Rules,
 };
 use vhost_user_nvme::controller::{Controller, ControllerConfig, NamespaceConfig};
 use vhost_user_nvme::driver::{Driver, Options, QueueConfig};
@@ -52,6 +53,7 @@ impl Disk {
             block_shift,
             read_only: false,
             direct: false,
+            iopoll: IoPoll::Auto,
         }))
     }
 

@@ -4,6 +4,8 @@
 #
 #   rust_toolchain        puts a cargo of at least the workspace's rust-version first in PATH
 #   build_daemon          release build with progress: DAEMON=<path of the program>
+#   build_tests           what `cargo test` runs
+#   test_program SOURCE NAME   prints the path of one of them, e.g. `test_program src/lib.rs vhost_user_nvme`
 #   cargo_target          prints the target directory
 
 _rust_repo=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -97,4 +99,24 @@ build_daemon() {
 	# shellcheck disable=SC2034 # the result
 	DAEMON=$(cargo_target)/release/vhost-user-nvme
 	ok
+}
+
+build_tests() {
+	local log
+	rust_toolchain
+	mkdir -p "$(cargo_target)"
+	log=$(cargo_target)/build-tests.log
+	step "test programs"
+	logged "$log" cargo test --manifest-path "$_rust_repo/Cargo.toml" --workspace --locked --no-run ||
+		fail "the tests do not compile: see $log"
+	ok
+}
+
+# Out of `Executable tests/x.rs (target/debug/deps/x-0123456789abcdef)`: relative to the repository, or to nothing.
+test_program() {
+	local path
+	path=$(sed -nE "s|^ *Executable .*$1 \((.*)\)\$|\1|p" "$(cargo_target)/build-tests.log" | grep -F "/$2-" | sed -n 1p)
+	[[ -n $path ]] || fail "cargo does not say where the test program $2 is: see $(cargo_target)/build-tests.log"
+	[[ $path == /* ]] || path=$_rust_repo/$path
+	echo "$path"
 }

@@ -4,26 +4,31 @@
 //! [`Channel`] is the data side: one for each poller, used by that thread alone, without locks. They are enums, so that a poller calls
 //! the store it has, not a table of functions.
 
+mod bounce;
 #[cfg(any(test, feature = "testing"))]
 pub mod conformance;
 mod delay;
+mod error;
 mod fault;
 mod file;
 pub mod geometry;
 mod memory;
 mod null;
+mod passthrough;
 mod rules;
 mod select;
 mod sync;
 #[cfg(test)]
 mod tests;
+mod uring;
 mod wake;
 
 pub use delay::{Delay, DelayBackend, DelayChannel};
 pub use fault::{Fault, FaultBackend, FaultChannel};
-pub use file::{FileBackend, FileChannel, FileOptions};
+pub use file::{FileBackend, FileChannel, FileOptions, IoPoll};
 pub use memory::{HugePages, MemoryBackend, MemoryChannel, MemoryOptions};
 pub use null::{NullBackend, NullChannel, NullOptions};
+pub use passthrough::{PassthroughBackend, PassthroughChannel, PassthroughOptions};
 pub use rules::{Operations, Rule, RuleId, Rules};
 pub use select::{AnyChannel, Backend};
 

@@ -9,6 +9,7 @@ use super::fault::{Fault, FaultBackend, FaultChannel};
 use super::file::{FileBackend, FileChannel, FileOptions};
 use super::memory::{MemoryBackend, MemoryChannel, MemoryOptions};
 use super::null::{NullBackend, NullChannel, NullOptions};
+use super::passthrough::{PassthroughBackend, PassthroughChannel, PassthroughOptions};
 use super::rules::Rules;
 use super::{
     Cancelled, Channel, Finished, Geometry, OpenError, Operation, Request, Submitted, Tag,
@@ -23,6 +24,8 @@ pub enum Backend {
     Memory(MemoryBackend),
     /// In a file or on a block device.
     File(FileBackend),
+    /// A namespace of an NVMe SSD.
+    Passthrough(PassthroughBackend),
     /// Another one, with faults.
     Fault(Box<FaultBackend>),
     /// Another one, with delays.
@@ -57,6 +60,15 @@ impl Backend {
         FileBackend::open(options).map(Self::File)
     }
 
+    /// A store that is a namespace of an NVMe SSD.
+    ///
+    /// # Errors
+    ///
+    /// As [`PassthroughBackend::open`].
+    pub fn passthrough(options: PassthroughOptions) -> Result<Self, OpenError> {
+        PassthroughBackend::open(options).map(Self::Passthrough)
+    }
+
     /// This store with faults, and the handle to say which.
     pub fn with_faults(self) -> (Self, Rules<Fault>) {
         let rules = Rules::new();
@@ -77,6 +89,7 @@ impl Backend {
             Self::Null(b) => b.geometry,
             Self::Memory(b) => b.geometry,
             Self::File(b) => b.geometry,
+            Self::Passthrough(b) => b.geometry,
             Self::Fault(b) => b.inner.geometry(),
             Self::Delay(b) => b.inner.geometry(),
         }
@@ -92,6 +105,7 @@ impl Backend {
             Self::Null(b) => AnyChannel::Null(b.channel()),
             Self::Memory(b) => AnyChannel::Memory(b.channel(depth)?),
             Self::File(b) => AnyChannel::File(Box::new(b.channel(depth)?)),
+            Self::Passthrough(b) => AnyChannel::Passthrough(Box::new(b.channel(depth)?)),
             Self::Fault(b) => AnyChannel::Fault(Box::new(b.channel(depth)?)),
             Self::Delay(b) => AnyChannel::Delay(Box::new(b.channel(depth)?)),
         })
@@ -104,6 +118,7 @@ impl Backend {
             Self::Null(b) => b.geometry.blocks,
             Self::Memory(b) => b.allocated_blocks(),
             Self::File(b) => b.allocated_blocks(),
+            Self::Passthrough(b) => b.allocated_blocks(),
             Self::Fault(b) => b.inner.allocated_blocks(),
             Self::Delay(b) => b.inner.allocated_blocks(),
         }
@@ -115,6 +130,7 @@ impl Backend {
             Self::Null(_) => "null".to_owned(),
             Self::Memory(b) => b.describe(),
             Self::File(b) => b.describe(),
+            Self::Passthrough(b) => b.describe(),
             Self::Fault(b) => return format!("faults over {}", b.inner.describe()),
             Self::Delay(b) => return format!("delays over {}", b.inner.describe()),
         };
@@ -137,6 +153,8 @@ pub enum AnyChannel {
     Memory(MemoryChannel),
     /// To a [`FileBackend`].
     File(Box<FileChannel>),
+    /// To a [`PassthroughBackend`].
+    Passthrough(Box<PassthroughChannel>),
     /// To a [`FaultBackend`].
     Fault(Box<FaultChannel>),
     /// To a [`DelayBackend`].
@@ -149,6 +167,7 @@ macro_rules! each {
             Self::Null($c) => $e,
             Self::Memory($c) => $e,
             Self::File($c) => $e,
+            Self::Passthrough($c) => $e,
             Self::Fault($c) => $e,
             Self::Delay($c) => $e,
         }

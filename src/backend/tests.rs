@@ -53,6 +53,7 @@ fn file_options(path: &Path, block_shift: u32, direct: bool) -> FileOptions {
         block_shift,
         read_only: false,
         direct,
+        iopoll: IoPoll::Auto,
     }
 }
 
@@ -215,6 +216,137 @@ fn a_file_cut_short_is_an_error_and_no_stale_success() {
         c.write(2000, &[1; 512], layout);
         assert_eq!(c.read(2000, 1, layout), vec![1; 512]);
     }
+}
+
+#[test]
+fn a_file_on_tmpfs_cut_short_is_an_error_too() {
+    let dir = on_tmpfs();
+    let path = make(dir.path(), "disk", 2 * MIB);
+    let mut c = Client::new(&open(&path, 12, true), 1);
+    c.write(0, &vec![3; MIB as usize], Layout::Whole(0));
+    c.read(0, 256, Layout::Whole(0));
+    let file = File::options().write(true).open(&path).unwrap();
+    file.set_len(100 * 4096).unwrap();
+    let failed = Status::UNRECOVERED_READ_ERROR;
+    for layout in [Layout::Whole(0), Layout::Pages(8)] {
+        for (slba, blocks) in [(99, 2), (100, 1), (150, 100), (511, 1)] {
+            assert_eq!(c.run(Operation::Read, slba, blocks, None, layout), failed);
+            assert_eq!(c.plain(Operation::Verify, slba, blocks), failed);
+        }
+        assert_eq!(c.read(99, 1, layout), vec![3; 4096]);
+    }
+    // A write makes it longer again, and is where others look for it.
+    c.write(200, &[4; 4096], Layout::Whole(0));
+    assert_eq!(c.read(200, 1, Layout::Whole(0)), vec![4; 4096]);
+    assert_eq!(std::fs::metadata(&path).unwrap().len(), 201 * 4096);
+    assert_eq!(c.read(150, 1, Layout::Whole(0)), vec![0; 4096]);
+}
+
+#[test]
+fn holes_of_a_file_on_tmpfs_are_read_without_being_filled() {
+    use std::os::unix::fs::MetadataExt;
+    let dir = on_tmpfs();
+    let path = make(dir.path(), "disk", 64 * MIB);
+    let backend = open(&path, 12, true);
+    let mut c = Client::new(&backend, 1);
+    let blocks = || std::fs::metadata(&path).unwrap().blocks();
+    for _ in 0..2 {
+        assert_eq!(c.read(0, 256, Layout::Pages(0)), vec![0; MIB as usize]);
+    }
+    assert_eq!(blocks(), 0);
+    c.write(5, &[6; 8192], Layout::Whole(0));
+    assert_eq!((blocks(), backend.allocated_blocks()), (16, 2));
+    // Small ranges at once, large ones by the ring; then they are holes again.
+    for n in [8, 16 * 1024 - 8] {
+        c.write(5, &[6; 8192], Layout::Whole(0));
+        assert_eq!(c.plain(Operation::Deallocate, 0, n), Status::SUCCESS);
+        assert_eq!(c.read(0, 8, Layout::Whole(0)), vec![0; 8 * 4096]);
+        assert_eq!(blocks(), 0);
+    }
+}
+
+/// Needs SSDs, whose data it destroys: their generic devices, with colons between.
+#[test]
+fn passed_through_ssds_conform() {
+    let Ok(paths) = std::env::var("VHOST_USER_NVME_TEST_SSDS") else {
+        eprintln!("NOT TESTED: passthrough: there is no VHOST_USER_NVME_TEST_SSDS");
+        return;
+    };
+    for path in paths.split(':') {
+        let options = PassthroughOptions {
+            path: path.into(),
+            read_only: false,
+        };
+        let backend = Backend::passthrough(options.clone()).unwrap();
+        eprintln!("{}", backend.describe());
+        let few = Promise {
+            streams: 3,
+            ..STORES
+        };
+        conformance::run(&backend, few);
+        assert!(Backend::passthrough(options.clone()).is_err(), "it is ours");
+        drop(backend);
+        let read_only = PassthroughOptions {
+            read_only: true,
+            ..options
+        };
+        conformance::run(&Backend::passthrough(read_only).unwrap(), few);
+    }
+}
+
+/// Needs block devices with poll queues, whose data it destroys.
+#[test]
+fn polled_devices_conform() {
+    let Ok(paths) = std::env::var("VHOST_USER_NVME_TEST_IOPOLL") else {
+        eprintln!("NOT TESTED: iopoll: there is no VHOST_USER_NVME_TEST_IOPOLL");
+        return;
+    };
+    for path in paths.split(':').map(Path::new) {
+        let options = |iopoll| FileOptions {
+            iopoll,
+            ..file_options(path, 12, true)
+        };
+        for iopoll in [IoPoll::Required, IoPoll::Auto, IoPoll::Never] {
+            let backend = Backend::file(options(iopoll)).unwrap();
+            let polled = backend.describe().contains("O_DIRECT, polled");
+            assert_eq!(polled, iopoll != IoPoll::Never);
+            let few = Promise {
+                streams: 3,
+                ..STORES
+            };
+            conformance::run(&backend, few);
+            assert_eq!(backend.describe().contains("O_DIRECT, polled"), polled);
+        }
+    }
+}
+
+#[test]
+fn polling_is_refused_where_there_is_nothing_to_poll() {
+    let dir = on_tmpfs();
+    let path = make(dir.path(), "disk", MIB);
+    let required = FileOptions {
+        iopoll: IoPoll::Required,
+        ..file_options(&path, 9, true)
+    };
+    let e = Backend::file(required).err().unwrap().to_string();
+    assert!(e.contains("page cache") && e.contains("iopoll"), "{e}");
+}
+
+#[test]
+fn what_is_no_ssd_is_not_passed_through() {
+    let error = |path: &Path| {
+        let options = PassthroughOptions {
+            path: path.into(),
+            read_only: true,
+        };
+        let e = Backend::passthrough(options).err().unwrap().to_string();
+        assert!(e.contains("/dev/ng"), "{e}");
+        e
+    };
+    let dir = on_disk();
+    assert!(error(&make(dir.path(), "disk", 4096)).contains("no NVMe generic device"));
+    assert!(error(Path::new("/dev/zero")).contains("no NVMe generic device"));
+    assert!(error(&dir.path().join("none")).contains("cannot open"));
 }
 
 #[test]

@@ -12,7 +12,7 @@ pub mod size;
 use std::path::PathBuf;
 use std::time::Duration;
 
-pub use raw::{DangerZone, Fault, FaultAction, Huge, LogFormat, Operation};
+pub use raw::{DangerZone, Fault, FaultAction, Huge, IoPoll, LogFormat, Operation};
 pub use resolve::resolve;
 
 use crate::poller::PollerConfig;
@@ -96,7 +96,7 @@ pub struct NamespaceSpec {
     pub nsid: u32,
     /// Where its data is.
     pub store: StoreSpec,
-    /// log2 of the block size: 9 or 12.
+    /// log2 of the block size: 9 or 12. Where the store has one of its own, this means nothing.
     pub block_shift: u32,
     /// Refuse writes.
     pub read_only: bool,
@@ -133,6 +133,13 @@ pub enum StoreSpec {
         path: PathBuf,
         /// Go around the page cache if that is possible.
         direct: bool,
+        /// Poll the device for completions.
+        iopoll: IoPoll,
+    },
+    /// On an NVMe SSD, by its commands.
+    NvmePassthrough {
+        /// Its generic device, `/dev/ngXnY`.
+        path: PathBuf,
     },
 }
 

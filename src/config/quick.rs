@@ -2,11 +2,11 @@
 
 use toml::Spanned;
 
-use super::raw::{Huge, Namespace};
+use super::raw::{Huge, IoPoll, Namespace};
 use super::size;
 
 const KEYS: &str =
-    "size, path, block-size, read-only, direct, huge-pages, nsid, uuid, nguid, eui64";
+    "size, path, block-size, read-only, direct, iopoll, huge-pages, nsid, uuid, nguid, eui64";
 
 /// Parse the value of one `--namespace`.
 ///
@@ -36,6 +36,13 @@ pub fn namespace(text: &str) -> Result<Namespace, String> {
             "block-size" => ns.block_size = Some(size::parse(need()?)?),
             "read-only" => ns.read_only = Some(flag()?),
             "direct" => ns.direct = Some(flag()?),
+            "iopoll" => {
+                ns.iopoll = Some(match value {
+                    Some("auto") => IoPoll::Auto,
+                    _ if flag()? => IoPoll::On,
+                    _ => IoPoll::Off,
+                });
+            }
             "huge-pages" => {
                 ns.huge_pages = Some(match need()? {
                     "if-free" => Huge::IfFree,

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 use toml::Spanned;
 
 use super::size::Size;
@@ -109,18 +109,20 @@ pub struct Controller {
 pub struct Namespace {
     /// NSID; the place in the list by default.
     pub nsid: Option<u32>,
-    /// `null`, `memory` or `file`.
+    /// `null`, `memory`, `file` or `nvme-passthrough`.
     pub backend: Option<String>,
     /// Size, of `null` and `memory`.
     pub size: Option<Size>,
-    /// Path, of `file`.
+    /// Path, of `file` and `nvme-passthrough`.
     pub path: Option<PathBuf>,
-    /// 512 or 4096.
+    /// 512 or 4096; not of `nvme-passthrough`.
     pub block_size: Option<Size>,
     /// Refuse writes.
     pub read_only: Option<bool>,
     /// Around the page cache, of `file`.
     pub direct: Option<bool>,
+    /// `"auto"`, true or false, of `file`.
+    pub iopoll: Option<IoPoll>,
     /// `if-free`, `never` or `required`, of `memory`.
     pub huge_pages: Option<Huge>,
     /// UUID.
@@ -131,6 +133,39 @@ pub struct Namespace {
     pub eui64: Option<String>,
     /// Faults and delays, for tests.
     pub danger_zone: Option<DangerZone>,
+}
+
+/// Whether the kernel polls the device for completions.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum IoPoll {
+    /// If it can.
+    #[default]
+    Auto,
+    /// It must.
+    On,
+    /// It does not.
+    Off,
+}
+
+impl<'de> Deserialize<'de> for IoPoll {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged, expecting = "iopoll is true, false or \"auto\"")]
+        enum Written {
+            Flag(bool),
+            Word(Word),
+        }
+        #[derive(Deserialize)]
+        #[serde(rename_all = "kebab-case")]
+        enum Word {
+            Auto,
+        }
+        Ok(match Written::deserialize(deserializer)? {
+            Written::Flag(true) => Self::On,
+            Written::Flag(false) => Self::Off,
+            Written::Word(Word::Auto) => Self::Auto,
+        })
+    }
 }
 
 /// Which pages a namespace in memory is made of.

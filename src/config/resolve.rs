@@ -30,6 +30,7 @@ const MAX_NSID: u32 = 1024;
 const SLOTS: usize = 1024;
 const MAX_SLOTS: usize = 65_536;
 const MAX_POLLERS: usize = 1024;
+const BACKENDS: &str = "null, memory, file and nvme-passthrough";
 const MODEL: &str = "vhost-user NVMe Controller";
 /// An id of the range QEMU sets aside for experiments, so that no driver's quirks for other controllers apply.
 const PCI_IDS: [u16; 4] = [0x1AF4, 0x10F0, 0x1AF4, 0x1100];
@@ -179,7 +180,7 @@ impl Seen {
             ));
         }
         for ns in &c.namespaces {
-            if let StoreSpec::File { path, .. } = &ns.store {
+            if let StoreSpec::File { path, .. } | StoreSpec::NvmePassthrough { path } = &ns.store {
                 let whose = format!("namespace {} of '{name}'", ns.nsid);
                 let real = path.canonicalize().unwrap_or_else(|_| absolute(path));
                 if let Some(other) = self.files.insert(real, whose.clone()) {
@@ -482,6 +483,7 @@ fn store(ns: &raw::Namespace, block_shift: u32) -> Result<(StoreSpec, String), S
         Some("null") => {
             only("path", ns.path.is_some(), "null")?;
             only("direct", ns.direct.is_some(), "null")?;
+            only("iopoll", ns.iopoll.is_some(), "null")?;
             only("huge-pages", ns.huge_pages.is_some(), "null")?;
             let bytes = size("null")?;
             Ok((StoreSpec::Null { bytes }, "null".into()))
@@ -489,6 +491,7 @@ fn store(ns: &raw::Namespace, block_shift: u32) -> Result<(StoreSpec, String), S
         Some("memory") => {
             only("path", ns.path.is_some(), "memory")?;
             only("direct", ns.direct.is_some(), "memory")?;
+            only("iopoll", ns.iopoll.is_some(), "memory")?;
             let bytes = size("memory")?;
             let huge_pages = ns.huge_pages.unwrap_or(Huge::IfFree);
             Ok((StoreSpec::Memory { bytes, huge_pages }, "memory".into()))
@@ -503,24 +506,57 @@ fn store(ns: &raw::Namespace, block_shift: u32) -> Result<(StoreSpec, String), S
             let Some(path) = ns.path.clone() else {
                 return Err("a file namespace needs a path, such as path=/srv/disk.img".into());
             };
-            check_path(&path, ns.read_only.unwrap_or(false))?;
+            check_path(&path, ns.read_only.unwrap_or(false), false)?;
             let id = String::from_utf8_lossy(path.as_os_str().as_bytes()).into_owned();
             let direct = ns.direct.unwrap_or(true);
-            Ok((StoreSpec::File { path, direct }, id))
+            let iopoll = ns.iopoll.unwrap_or_default();
+            Ok((
+                StoreSpec::File {
+                    path,
+                    direct,
+                    iopoll,
+                },
+                id,
+            ))
+        }
+        Some("nvme-passthrough") => {
+            let kind = "nvme-passthrough";
+            only("huge-pages", ns.huge_pages.is_some(), kind)?;
+            only("direct", ns.direct.is_some(), kind)?;
+            only("iopoll", ns.iopoll.is_some(), kind)?;
+            if ns.size.is_some() || ns.block_size.is_some() {
+                return Err(
+                    "an nvme-passthrough namespace has the size and the blocks of its SSD; remove 'size' and 'block-size'".into(),
+                );
+            }
+            let Some(path) = ns.path.clone() else {
+                return Err(
+                    "an nvme-passthrough namespace needs a path, such as path=/dev/ng0n1".into(),
+                );
+            };
+            check_path(&path, ns.read_only.unwrap_or(false), true)?;
+            let id = String::from_utf8_lossy(path.as_os_str().as_bytes()).into_owned();
+            Ok((StoreSpec::NvmePassthrough { path }, id))
         }
         Some(other) => Err(format!(
-            "there is no backend '{other}'; there are null, memory and file"
+            "there is no backend '{other}'; there are {BACKENDS}"
         )),
-        None => Err("it has no backend; there are null, memory and file".into()),
+        None => Err(format!("it has no backend; there are {BACKENDS}")),
     }
 }
 
-fn check_path(path: &Path, read_only: bool) -> Result<(), String> {
+/// Whether a file or block device, or a character device, is there and can be opened.
+fn check_path(path: &Path, read_only: bool, char_device: bool) -> Result<(), String> {
     use rustix::fs::Access;
     use std::os::unix::fs::FileTypeExt;
     let shown = path.display();
     let kind = match std::fs::metadata(path) {
         Ok(m) => m.file_type(),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound && char_device => {
+            return Err(format!(
+                "there is no {shown}; Linux 5.13 and later has a /dev/ngXnY for each NVMe namespace"
+            ));
+        }
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
             return Err(format!(
                 "there is no file {shown}; make it with 'truncate -s 10G {shown}'"
@@ -528,7 +564,12 @@ fn check_path(path: &Path, read_only: bool) -> Result<(), String> {
         }
         Err(e) => return Err(format!("cannot look at {shown}: {e}")),
     };
-    if !kind.is_file() && !kind.is_block_device() {
+    if char_device && !kind.is_char_device() {
+        return Err(format!(
+            "{shown} is no NVMe generic device: name a /dev/ngXnY, or use backend file"
+        ));
+    }
+    if !char_device && !kind.is_file() && !kind.is_block_device() {
         return Err(format!("{shown} is neither a file nor a block device"));
     }
     if rustix::fs::access(path, Access::READ_OK).is_err() {

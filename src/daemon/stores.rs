@@ -6,8 +6,8 @@ use std::time::Duration;
 use nvme_spec::Status;
 
 use crate::backend::{
-    Backend, Delay, Fault, FileOptions, HugePages, MemoryOptions, NullOptions, OpenError,
-    Operations, Rule,
+    Backend, Delay, Fault, FileOptions, HugePages, IoPoll, MemoryOptions, NullOptions, OpenError,
+    Operations, PassthroughOptions, Rule,
 };
 use crate::config::{self, DangerZone, FaultAction, Huge, NamespaceSpec, StoreSpec};
 use crate::controller::NamespaceConfig;
@@ -19,7 +19,7 @@ use crate::controller::NamespaceConfig;
 /// What [`open`] would say.
 pub fn check(spec: &NamespaceSpec) -> Result<(), OpenError> {
     match spec.store {
-        StoreSpec::File { .. } => store(spec).map(drop),
+        StoreSpec::File { .. } | StoreSpec::NvmePassthrough { .. } => store(spec).map(drop),
         StoreSpec::Null { .. } | StoreSpec::Memory { .. } => Ok(()),
     }
 }
@@ -55,11 +55,24 @@ fn store(spec: &NamespaceSpec) -> Result<Backend, OpenError> {
                 Huge::Required => HugePages::Required,
             },
         }),
-        StoreSpec::File { path, direct } => Backend::file(FileOptions {
+        StoreSpec::File {
+            path,
+            direct,
+            iopoll,
+        } => Backend::file(FileOptions {
             path: path.clone(),
             block_shift,
             read_only,
             direct: *direct,
+            iopoll: match iopoll {
+                config::IoPoll::Auto => IoPoll::Auto,
+                config::IoPoll::On => IoPoll::Required,
+                config::IoPoll::Off => IoPoll::Never,
+            },
+        }),
+        StoreSpec::NvmePassthrough { path } => Backend::passthrough(PassthroughOptions {
+            path: path.clone(),
+            read_only,
         }),
     }
 }

@@ -9,6 +9,7 @@
 mod copy;
 mod held;
 mod map;
+mod mapped;
 mod ring;
 mod seg;
 pub mod sigbus;
@@ -20,6 +21,7 @@ mod words;
 pub use copy::Recent;
 pub(crate) use held::Held;
 pub use map::{GuestMap, MapError, Near, Region};
+pub(crate) use mapped::{Direction, MappedFile, transfer};
 pub use ring::{Place, Ring, SharedWord};
 pub use seg::{Buffers, HostSeg};
 pub use store::Store;

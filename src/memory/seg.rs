@@ -177,6 +177,18 @@ impl<'a> Buffers<'a> {
         })
     }
 
+    /// Whether the bytes from `offset` on are `ours`. Each is looked at once.
+    pub fn equals(&self, offset: usize, ours: &[u8]) -> bool {
+        let mut copy = [0; 1024];
+        let mut at = offset;
+        ours.chunks(copy.len()).all(|ours| {
+            let theirs = &mut copy[..ours.len()];
+            let n = self.read(at, theirs);
+            at += n;
+            n == ours.len() && theirs == ours
+        })
+    }
+
     /// Zero `len` bytes from byte `offset` on. Returns the number of bytes zeroed.
     pub fn zero(&self, offset: usize, len: usize) -> usize {
         self.each(offset, len, |ptr, _, n| {
@@ -250,6 +262,8 @@ mod tests {
         let mut out = [0xff; 8];
         assert_eq!(buffers.read(0, &mut out), 8);
         assert_eq!(out, [0, 1, 2, 3, 4, 0, 9, 9]);
+        assert!(buffers.equals(2, &[2, 3, 4]) && buffers.equals(8, &[]));
+        assert!(!buffers.equals(2, &[2, 3, 5]) && !buffers.equals(7, &[9, 9]));
         assert_eq!(buffers.zero(2, 3), 3);
         assert_eq!(buffers.read(1, &mut out), 7);
         assert_eq!(out[..7], [1, 0, 0, 0, 0, 9, 9]);

@@ -171,6 +171,8 @@ fn replace(address: usize) -> bool {
         let Some((start, len)) = slot.holding(address) else {
             continue;
         };
+        // Before the range is replaced: whoever copied to or from the new pages finds the mark when it looks after its copy.
+        slot.hit.store(true, Ordering::SeqCst);
         // SAFETY: the range is a mapping its owner gave us to replace (`Guard::new`), and the owner keeps it while a thread
         // uses it, as this one does. `mmap` and `write` are plain system calls and safe in a signal handler.
         unsafe {
@@ -185,7 +187,6 @@ fn replace(address: usize) -> bool {
             if at == libc::MAP_FAILED {
                 return false;
             }
-            slot.hit.store(true, Ordering::Release);
             let one = 1u64.to_ne_bytes();
             libc::write(slot.wake.load(Ordering::Relaxed), one.as_ptr().cast(), 8);
         }

@@ -6,6 +6,7 @@ mod hostile;
 mod integrity;
 mod logs;
 mod memory;
+mod passthrough;
 mod process;
 mod prps;
 mod reconnect;

@@ -13,13 +13,17 @@ use std::sync::atomic::Ordering;
 
 use nvme_spec::Status;
 
+use super::at_once::cut_short;
 use super::helper::Helper;
-use super::ring::{BOUNCE_BYTES, Bounce, CANCEL_KEY, Memory, Op, Ring};
-use super::{Shared, error, known, no_ring};
+use super::ring::{Memory, Op, Ring};
+use super::slot::{Next, Place, Slot, Step};
+use super::{Shared, known};
+use crate::backend::uring::{CANCEL_KEY, no_ring};
 use crate::backend::{
-    Cancelled, Channel, Finished, Geometry, OpenError, Operation, Request, Submitted, Tag, wake,
+    Cancelled, Channel, Finished, Geometry, OpenError, Operation, Request, Submitted, Tag, error,
+    wake,
 };
-use crate::memory::{Buffers, Held};
+use crate::memory::{Held, HostSeg, Recent};
 
 /// Bounce buffers of a channel at most: requests that need one and find none wait.
 const MAX_BOUNCES: u32 = 16;
@@ -30,105 +34,18 @@ const MAX_RETRIES: u8 = 16;
 const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
 const ZERO: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
 
-/// Who has a request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Place {
-    /// Nobody: the tag is free.
-    Free,
-    /// We, until there is a bounce buffer or room in the ring.
-    Waiting,
-    /// The kernel, under this key.
-    Kernel(u64),
-    /// The helper thread.
-    Helper,
-}
-
-/// How the next step is done.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Step {
-    /// Between file and the request's memory.
-    Direct,
-    /// Between file and a bounce buffer.
-    Bounced,
-    /// Punch a hole.
-    Punch,
-    /// Zero by fallocate.
-    ZeroRange,
-    /// Write zeroes.
-    WriteZeroes,
-    /// Discard on a block device.
-    Discard,
-    /// fdatasync.
-    Sync,
-}
-
-struct Slot {
-    place: Place,
-    operation: Operation,
-    step: Step,
-    /// First byte in the file.
-    offset: u64,
-    /// Bytes altogether and done.
-    len: u64,
-    done: u64,
-    memory: Held,
-    bounce: Option<Bounce>,
-    cancelled: bool,
-    retries: u8,
-    /// Uses of this tag so far: tells a result of this use from any other.
-    generation: u32,
-}
-
-impl Slot {
-    fn new() -> Self {
-        Self {
-            place: Place::Free,
-            operation: Operation::Flush,
-            step: Step::Sync,
-            offset: 0,
-            len: 0,
-            done: 0,
-            memory: Held::NONE,
-            bounce: None,
-            cancelled: false,
-            retries: 0,
-            generation: 0,
-        }
-    }
-
-    fn left(&self) -> u64 {
-        self.len - self.done
-    }
-
-    /// Bytes of the next piece that goes through a bounce buffer.
-    fn piece(&self) -> usize {
-        self.left().min(BOUNCE_BYTES as u64) as usize
-    }
-
-    fn fua(&self) -> bool {
-        matches!(
-            self.operation,
-            Operation::Write { fua: true } | Operation::WriteZeroes { fua: true, .. }
-        )
-    }
-}
-
-/// What came of a step.
-enum Next {
-    /// Another one.
-    Again,
-    /// That was the last.
-    End(Status),
-}
-
 /// The data side of a [`super::FileBackend`]: a ring of its own, and nothing allocated after it was made.
 pub struct FileChannel {
-    // These two end what they have begun when they are dropped, while the file is still open and locked.
+    // These end what they have begun when they are dropped, while the file is still open and locked.
     ring: Ring,
+    /// For reads and writes of the request's own memory, where the device is polled for completions.
+    polled: Option<Ring>,
     /// For discards, on block devices.
     helper: Option<Helper>,
     geometry: Geometry,
     shared: Arc<Shared>,
+    /// For files that are memory.
+    recent: Recent,
     slots: Vec<Slot>,
     for_bounce: VecDeque<Tag>,
     for_room: VecDeque<Tag>,
@@ -148,7 +65,11 @@ impl FileChannel {
         depth: u32,
     ) -> Result<Self, OpenError> {
         let bounces = depth.clamp(1, MAX_BOUNCES) as usize;
-        let ring = Ring::new(&shared.file, depth, bounces).map_err(no_ring)?;
+        let ring = Ring::new(&shared.file, depth, bounces, false).map_err(no_ring)?;
+        let polled = match known(&shared.iopoll) {
+            true => Some(Ring::new(&shared.file, depth, 0, true).map_err(no_ring)?),
+            false => None,
+        };
         let nudge = Arc::new(wake::event_fd()?);
         let wake = wake::either(ring.fd(), nudge.as_fd())?;
         let helper = if known(&shared.discard) && !geometry.read_only {
@@ -163,6 +84,8 @@ impl FileChannel {
             geometry,
             shared: Arc::clone(shared),
             ring,
+            polled,
+            recent: Recent::default(),
             slots: (0..depth).map(|_| Slot::new()).collect(),
             for_bounce: VecDeque::with_capacity(depth as usize),
             for_room: VecDeque::with_capacity(depth as usize),
@@ -223,7 +146,7 @@ impl FileChannel {
         };
         slot.place = Place::Waiting;
         if slot.step == Step::Bounced && slot.bounce.is_none() {
-            slot.bounce = self.ring.take_bounce();
+            slot.bounce = self.ring.bounces().take();
             if slot.bounce.is_none() {
                 self.for_bounce.push_back(tag);
                 return;
@@ -240,7 +163,7 @@ impl FileChannel {
                 let n = slot.piece();
                 if write {
                     // SAFETY: the bounce buffer is this slot's, which is not with the kernel.
-                    unsafe { self.ring.fill(bounce, &slot.memory, from, n) };
+                    unsafe { self.ring.bounces().fill(bounce, &slot.memory, from, n) };
                     Op::Write(Memory::Bounce(bounce, n), at, fua)
                 } else {
                     Op::Read(Memory::Bounce(bounce, n), at)
@@ -265,10 +188,19 @@ impl FileChannel {
             (Step::Bounced, None) | (Step::Sync, _) => Op::Sync,
         };
         let key = u64::from(slot.generation) << 32 | u64::from(tag);
+        // What was tried once goes the way that always works.
+        slot.polled = slot.step == Step::Direct && slot.retries == 0 && known(&self.shared.iopoll);
+        let ring = match &mut self.polled {
+            Some(polled) if slot.polled => polled,
+            _ => {
+                slot.polled = false;
+                &mut self.ring
+            }
+        };
         // SAFETY: the request's memory stays by the contract of `Channel::submit`, which ends when we finish the request (only
-        // after the result of this key), let it go (only while it is not with the kernel), or are dropped, and the ring with us. The
+        // after the result of this key), let it go (only while it is not with the kernel), or are dropped, and the rings with us. The
         // bounce buffer stays with the slot as long.
-        if unsafe { self.ring.push(key, &op, slot.retries > 0) } {
+        if unsafe { ring.queue(key, &op, slot.retries > 0) } {
             slot.place = Place::Kernel(key);
         } else {
             self.for_room.push_back(tag);
@@ -295,10 +227,10 @@ impl FileChannel {
                     && !slot.operation.writes()
                 {
                     // SAFETY: its result is here, so the kernel does not have the buffer.
-                    let bytes = unsafe { self.ring.bounced(bounce, n) };
+                    let bytes = unsafe { self.ring.bounces().bytes(bounce, n) };
                     let memory = slot.memory.buffers();
                     match slot.operation {
-                        Operation::Compare if !equal(bytes, &memory, slot.done as usize) => {
+                        Operation::Compare if !memory.equals(slot.done as usize, bytes) => {
                             return Next::End(Status::COMPARE_FAILURE);
                         }
                         Operation::Read => {
@@ -324,15 +256,8 @@ impl FileChannel {
         // Short. What O_DIRECT left in the middle of a block is the end of the file.
         let whole = !self.shared.direct || moved.is_multiple_of(self.shared.length_align as u64);
         if moved == 0 || !whole {
-            let cause = io::Error::new(
-                io::ErrorKind::UnexpectedEof,
-                "the transfer came out short: is the file shorter than it was?",
-            );
             let (operation, at) = (slot.operation, slot.offset + slot.done);
-            self.shared
-                .log
-                .report(&self.shared.path, operation, at, &cause);
-            return Next::End(error::short(operation));
+            return Next::End(self.shared.failed(operation, at, &cut_short()));
         }
         if slot.cancelled {
             aborted()
@@ -355,6 +280,14 @@ impl FileChannel {
         match slot.step {
             _ if matches!(errno, libc::EAGAIN | libc::EINTR) && slot.retries < MAX_RETRIES => {
                 slot.retries += 1;
+                return Next::Again;
+            }
+            _ if slot.polled && matches!(errno, libc::EOPNOTSUPP | libc::EINVAL) => {
+                slot.retries += 1;
+                if self.shared.iopoll.swap(false, Ordering::Relaxed) {
+                    let path = self.shared.path.display();
+                    tracing::warn!(%path, errno, "this device cannot be polled for completions after all");
+                }
                 return Next::Again;
             }
             // The file system wants more alignment than it said.
@@ -399,10 +332,13 @@ impl FileChannel {
     /// Take a request's tag back.
     fn release(&mut self, tag: Tag) {
         if let Some(slot) = self.slots.get_mut(tag as usize) {
+            if let Some(resident) = &self.shared.resident {
+                resident.forget(slot.offset..slot.offset + slot.len);
+            }
             slot.place = Place::Free;
             slot.memory = Held::NONE;
             if let Some(bounce) = slot.bounce.take() {
-                self.ring.put_bounce(bounce);
+                self.ring.bounces().put(bounce);
             }
             self.pending -= 1;
         }
@@ -419,10 +355,21 @@ impl FileChannel {
         }
     }
 
+    /// The next result of the kernel, of either ring.
+    #[inline]
+    fn next(&mut self) -> Option<(u64, i32)> {
+        if let Some(polled) = &mut self.polled
+            && let Some(result) = polled.next()
+        {
+            return Some(result);
+        }
+        self.ring.next()
+    }
+
     /// Results of the kernel.
     fn reap(&mut self, out: &mut Vec<Finished>) {
         while out.len() < out.capacity() {
-            let Some((key, result)) = self.ring.next() else {
+            let Some((key, result)) = self.next() else {
                 break;
             };
             let tag = key as u32;
@@ -432,6 +379,12 @@ impl FileChannel {
                 self.stepped(tag, result, out);
             }
         }
+    }
+
+    /// Operations for which the kernel has to be entered again and again.
+    #[inline]
+    fn polling(&self) -> bool {
+        self.polled.as_ref().is_some_and(|p| p.operations() > 0)
     }
 
     /// Results of the helper thread, and the end of a nudge.
@@ -456,7 +409,7 @@ impl FileChannel {
     fn admit(&mut self) {
         // `advance` may put a request back at the end: each gets one chance.
         for _ in 0..self.for_bounce.len() {
-            if !self.ring.has_bounce() {
+            if !self.ring.bounces().has_free() {
                 break;
             }
             if let Some(tag) = self.for_bounce.pop_front() {
@@ -464,7 +417,7 @@ impl FileChannel {
             }
         }
         for _ in 0..self.for_room.len() {
-            if !self.ring.has_room() {
+            if !self.ring.has_room() && self.polled.as_ref().is_none_or(|p| !p.has_room()) {
                 break;
             }
             if let Some(tag) = self.for_room.pop_front() {
@@ -478,25 +431,17 @@ fn aborted() -> Next {
     Next::End(Status::ABORT_REQUESTED)
 }
 
-/// Whether `bytes` are those of `memory` from byte `from` on, each looked at once.
-fn equal(bytes: &[u8], memory: &Buffers<'_>, from: usize) -> bool {
-    let mut copy = [0; 1024];
-    let mut at = from;
-    bytes.chunks(copy.len()).all(|ours| {
-        let theirs = &mut copy[..ours.len()];
-        let n = memory.read(at, theirs);
-        at += n;
-        n == ours.len() && theirs == ours
-    })
-}
-
 impl Channel for FileChannel {
+    #[inline]
     unsafe fn submit(&mut self, tag: Tag, request: &Request<'_>) -> Submitted {
         let extent = match self.geometry.extent(request) {
             Ok(extent) => extent,
             Err(status) => return Submitted::Done(status),
         };
         let len = extent.end - extent.start;
+        if let Some(status) = self.shared.at_once(request, &extent, &mut self.recent) {
+            return Submitted::Done(status);
+        }
         let Some(step) = self.first_step(request, extent.start, len) else {
             return Submitted::Done(Status::SUCCESS);
         };
@@ -523,29 +468,52 @@ impl Channel for FileChannel {
         Submitted::Pending
     }
 
-    fn flush(&mut self) {
-        if !self.ring.has_unsubmitted() {
-            return;
+    #[inline]
+    fn prefetch(&self, operation: Operation, slba: u64, memory: &[HostSeg]) {
+        if let Some(resident) = &self.shared.resident {
+            resident.prefetch(operation, slba << self.geometry.block_shift, memory);
         }
-        if let Err(cause) = self.ring.submit() {
-            // It stays queued, and the next poll tries again; nobody may sleep before that.
-            if !self.nudged {
-                tracing::debug!(%cause, "io_uring takes nothing at the moment");
+    }
+
+    #[inline]
+    fn flush(&mut self) {
+        for ring in [Some(&mut self.ring), self.polled.as_mut()]
+            .into_iter()
+            .flatten()
+        {
+            if ring.has_unsubmitted()
+                && let Err(cause) = ring.submit()
+            {
+                // It stays queued, and the next poll tries again; nobody may sleep before that.
+                if !self.nudged {
+                    tracing::debug!(%cause, "io_uring takes nothing at the moment");
+                    self.nudged = true;
+                    wake::signal(&*self.nudge);
+                }
             }
+        }
+        // Nor may anybody sleep while completions do not wake him.
+        if self.polling() && !self.nudged {
             self.nudged = true;
             wake::signal(&*self.nudge);
         }
     }
 
+    #[inline]
     fn poll(&mut self, out: &mut Vec<Finished>) {
         if self.pending == 0 && !self.nudged {
             return;
         }
         if self.ring.operations() > 0 {
             self.ring.run_tasks();
-            self.reap(out);
         }
-        if self.helping > 0 || self.nudged {
+        if let Some(polled) = &mut self.polled
+            && polled.operations() > 0
+        {
+            polled.enter();
+        }
+        self.reap(out);
+        if self.helping > 0 || self.nudged && !self.polling() {
             self.reap_helper(out);
         }
         self.admit();
@@ -569,11 +537,14 @@ impl Channel for FileChannel {
                 Cancelled::ResultComes
             }
             Place::Kernel(key) => {
-                if !slot.cancelled {
-                    slot.cancelled = true;
+                // What is polled for cannot be cancelled, and does not take long.
+                if !slot.cancelled && !slot.polled {
                     // SAFETY: a cancel names no memory. If there is no room for it, the request ends with its step.
-                    let _ = unsafe { self.ring.push(CANCEL_KEY, &Op::Cancel(key), false) };
+                    let _ = unsafe { self.ring.queue(CANCEL_KEY, &Op::Cancel(key), false) };
                     self.flush();
+                }
+                if let Some(slot) = self.slots.get_mut(tag as usize) {
+                    slot.cancelled = true;
                 }
                 Cancelled::ResultComes
             }
@@ -592,9 +563,11 @@ impl Channel for FileChannel {
 impl Drop for FileChannel {
     fn drop(&mut self) {
         for slot in &self.slots {
-            if let Place::Kernel(key) = slot.place {
+            if let Place::Kernel(key) = slot.place
+                && !slot.polled
+            {
                 // SAFETY: a cancel names no memory.
-                let _ = unsafe { self.ring.push(CANCEL_KEY, &Op::Cancel(key), false) };
+                let _ = unsafe { self.ring.queue(CANCEL_KEY, &Op::Cancel(key), false) };
             }
         }
         // The fields do the rest: `Ring` waits until the kernel has given everything back, `Helper` until its discard is done.

@@ -1,12 +1,15 @@
-//! A namespace in a regular file or on a block device, through io_uring.
+//! A namespace in a regular file or on a block device: through io_uring, or by copies where the file is memory.
 
+mod at_once;
 mod channel;
-mod error;
 mod helper;
 mod open;
+mod resident;
 mod ring;
+mod slot;
 
 pub use channel::FileChannel;
+pub(super) use open::lock;
 
 use std::fs::File;
 use std::path::PathBuf;
@@ -15,8 +18,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::FlockOperation;
 
+use super::error::ErrorLog;
+use super::uring::no_ring;
 use super::{Geometry, OpenError};
-use error::ErrorLog;
+use resident::Resident;
 use ring::Ring;
 
 /// What a [`FileBackend`] is made of.
@@ -30,6 +35,21 @@ pub struct FileOptions {
     pub read_only: bool,
     /// Go around the page cache (`O_DIRECT`) if the file can do that.
     pub direct: bool,
+    /// Whether the device below is polled for completions.
+    pub iopoll: IoPoll,
+}
+
+/// Whether the kernel polls a device for completions (`IORING_SETUP_IOPOLL`) instead of being interrupted by it. It takes O_DIRECT, and a
+/// device with queues for it: for NVMe SSDs the module parameter `nvme.poll_queues`. A poller does not sleep while I/O is out on such a file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum IoPoll {
+    /// If the device can.
+    #[default]
+    Auto,
+    /// Or not at all.
+    Required,
+    /// Never.
+    Never,
 }
 
 /// A store in a file. What was written is safe after a Flush, or at once with FUA.
@@ -55,6 +75,10 @@ struct Shared {
     zero_range: AtomicBool,
     /// The block device can discard, as far as we know.
     discard: AtomicBool,
+    /// The device can be polled for completions, as far as we know.
+    iopoll: AtomicBool,
+    /// If the file is memory: its I/O.
+    resident: Option<Resident>,
     log: ErrorLog,
 }
 
@@ -74,7 +98,11 @@ impl FileBackend {
     pub fn open(options: FileOptions) -> Result<Self, OpenError> {
         let opened = open::open(&options)?;
         // Better now than at the first queue.
-        Ring::new(&opened.file, 1, 0).map_err(no_ring)?;
+        Ring::new(&opened.file, 1, 0, opened.iopoll).map_err(no_ring)?;
+        let bytes = opened.blocks << options.block_shift;
+        let resident = opened
+            .in_memory
+            .then(|| Resident::new(&opened.file, bytes, !options.read_only));
         Ok(Self {
             geometry: Geometry {
                 block_shift: options.block_shift,
@@ -96,6 +124,8 @@ impl FileBackend {
                 punch: AtomicBool::new(opened.punch || opened.device),
                 zero_range: AtomicBool::new(true),
                 discard: AtomicBool::new(opened.device),
+                iopoll: AtomicBool::new(opened.iopoll),
+                resident,
                 log: ErrorLog::new(),
             }),
         })
@@ -130,25 +160,15 @@ impl FileBackend {
         } else {
             "file"
         };
-        let way = if self.shared.direct {
-            "O_DIRECT"
-        } else {
-            "page cache"
+        let way = match &self.shared.resident {
+            Some(resident) if resident.is_mapped() => "in memory, mapped",
+            Some(_) => "in memory",
+            None if known(&self.shared.iopoll) => "O_DIRECT, polled",
+            None if self.shared.direct => "O_DIRECT",
+            None => "page cache",
         };
         format!("{kind} {}, {way}", self.shared.path.display())
     }
-}
-
-fn no_ring(e: std::io::Error) -> OpenError {
-    let hint = match e.raw_os_error() {
-        Some(libc::ENOSYS | libc::EPERM | libc::EACCES) => {
-            "allow io_uring (/proc/sys/kernel/io_uring_disabled, the container's seccomp profile)"
-        }
-        Some(libc::EMFILE | libc::ENFILE) => "raise the limit of open files (ulimit -n)",
-        Some(libc::ENOMEM) => "raise the limit of locked memory (ulimit -l)",
-        _ => "a kernel of 5.10 or later is needed",
-    };
-    OpenError::io("cannot make an io_uring", hint, e)
 }
 
 fn optimal_blocks(bytes: u64, block_shift: u32) -> u32 {

@@ -10,7 +10,8 @@ use std::time::Duration;
 use rustix::fs::{AtFlags, FallocateFlags, FlockOperation, OFlags, StatxFlags};
 use rustix::io::Errno;
 
-use super::FileOptions;
+use super::resident::Medium;
+use super::{FileOptions, IoPoll};
 use crate::backend::{OpenError, geometry};
 
 /// A page: no kernel asks for more alignment of memory where it does not say.
@@ -33,6 +34,10 @@ pub(super) struct Opened {
     pub punch: bool,
     /// Bytes of I/O it likes best.
     pub optimal: u64,
+    /// Its data is the page cache, and nothing else.
+    pub in_memory: bool,
+    /// The device below is to be polled for completions.
+    pub iopoll: bool,
 }
 
 /// Open, look at and lock it.
@@ -69,9 +74,29 @@ pub(super) fn open(options: &FileOptions) -> Result<Opened, OpenError> {
         512
     };
     let block = 1u32 << options.block_shift;
+    // The node of a device lies on a tmpfs; its data does not.
+    let medium = if device {
+        Medium::Disk
+    } else {
+        Medium::of(&file)
+    };
+    if medium == Medium::HugePages && !options.read_only {
+        return Err(OpenError::new(
+            format!(
+                "{} is made of huge pages, which cannot be written to as a file",
+                path.display()
+            ),
+            "use a memory namespace (it takes huge pages), or a file on tmpfs; read-only works",
+        ));
+    }
     let (mut memory_align, mut length_align) = (block, block);
     if direct {
-        match direct_alignment(&file, sector, block) {
+        // What is memory has nothing to go around.
+        let alignment = match medium {
+            Medium::Memory => None,
+            Medium::Disk | Medium::HugePages => direct_alignment(&file, sector, block),
+        };
+        match alignment {
             Some((memory, length)) => (memory_align, length_align) = (memory, length),
             None => {
                 direct = false;
@@ -81,15 +106,17 @@ pub(super) fn open(options: &FileOptions) -> Result<Opened, OpenError> {
                     .map_err(|e| cannot_open(options, e.into()))?;
             }
         }
-        if !direct {
-            tracing::info!(
-                path = %path.display(),
-                block,
-                "O_DIRECT is not possible with this file and block size, going through the page cache"
-            );
-        }
     }
-    lock(&file, options)?;
+    if options.direct && !direct && medium != Medium::Memory {
+        tracing::info!(
+            path = %path.display(),
+            block,
+            "O_DIRECT is not possible with this file and block size, going through the page cache"
+        );
+    }
+    let number = if device { meta.rdev() } else { meta.dev() };
+    let iopoll = polls(options, direct, number)?;
+    lock(&file, path, options.read_only)?;
     let punch = !device && !options.read_only && can_punch(&file, bytes);
     let physical = if device {
         rustix::fs::ioctl_blkpbszget(&file).unwrap_or(sector)
@@ -105,6 +132,8 @@ pub(super) fn open(options: &FileOptions) -> Result<Opened, OpenError> {
         granule: if device { u64::from(sector) } else { 1 },
         punch,
         optimal: meta.blksize().max(u64::from(physical)),
+        in_memory: medium == Medium::Memory,
+        iopoll,
         file,
     })
 }
@@ -162,6 +191,41 @@ fn direct_alignment(file: &File, sector: u32, block: u32) -> Option<(u32, u32)> 
     }
 }
 
+/// Whether to poll the device of that number for completions.
+fn polls(options: &FileOptions, direct: bool, device: u64) -> Result<bool, OpenError> {
+    if options.iopoll == IoPoll::Never {
+        return Ok(false);
+    }
+    let can = direct && has_poll_queues(device);
+    if options.iopoll == IoPoll::Required && !can {
+        let path = options.path.display();
+        return Err(match direct {
+            true => OpenError::new(
+                format!("the device of {path} has no queues to be polled"),
+                "give it some (for NVMe: nvme.poll_queues=N on the kernel's command line), or set iopoll to auto",
+            ),
+            false => OpenError::new(
+                format!("{path} goes through the page cache, where there is nothing to poll for"),
+                "use O_DIRECT (direct = true, and a file that can do it), or set iopoll to auto",
+            ),
+        });
+    }
+    Ok(can)
+}
+
+/// A partition has no queues of its own; they are those of the disk above it.
+fn has_poll_queues(device: u64) -> bool {
+    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+    let dir = format!("/sys/dev/block/{major}:{minor}");
+    [
+        format!("{dir}/queue/io_poll"),
+        format!("{dir}/../queue/io_poll"),
+    ]
+    .iter()
+    .find_map(|path| std::fs::read_to_string(path).ok())
+    .is_some_and(|text| text.trim() == "1")
+}
+
 /// Beyond the end there is nothing to lose.
 fn can_punch(file: &File, bytes: u64) -> bool {
     let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
@@ -169,8 +233,8 @@ fn can_punch(file: &File, bytes: u64) -> bool {
 }
 
 /// Nobody else may write what we serve; what is only read can be shared with others who only read.
-fn lock(file: &File, options: &FileOptions) -> Result<(), OpenError> {
-    let operation = if options.read_only {
+pub(in crate::backend) fn lock(file: &File, path: &Path, read_only: bool) -> Result<(), OpenError> {
+    let operation = if read_only {
         FlockOperation::NonBlockingLockShared
     } else {
         FlockOperation::NonBlockingLockExclusive
@@ -178,12 +242,12 @@ fn lock(file: &File, options: &FileOptions) -> Result<(), OpenError> {
     match rustix::fs::flock(file.as_fd(), operation) {
         Ok(()) => Ok(()),
         Err(Errno::WOULDBLOCK) => Err(OpenError::new(
-            format!("{} is in use by another namespace", options.path.display()),
+            format!("{} is in use by another namespace", path.display()),
             "end the other daemon or use another file; only read-only namespaces can share one",
         )),
         Err(e) => {
             tracing::warn!(
-                path = %options.path.display(),
+                path = %path.display(),
                 cause = %e,
                 "cannot lock this file; make sure that nobody else uses it"
             );

@@ -141,7 +141,8 @@ fault = [{{ operations = ["read"], blocks = [3, 4], skip = 1, count = 2, action 
         one.store,
         StoreSpec::File {
             path: disk,
-            direct: false
+            direct: false,
+            iopoll: crate::config::IoPoll::Auto,
         }
     );
     assert_eq!((one.block_shift, one.read_only), (9, true));
@@ -263,11 +264,11 @@ fn what_is_refused_and_how_it_is_said() {
         ),
         (
             with("", "", "size = \"1G\""),
-            "t.toml:7: controller 'a': namespace 1: it has no backend; there are null, memory and file",
+            "t.toml:7: controller 'a': namespace 1: it has no backend; there are null, memory, file and nvme-passthrough",
         ),
         (
             with("", "", "backend = \"cloud\""),
-            "t.toml:7: controller 'a': namespace 1: there is no backend 'cloud'; there are null, memory and file",
+            "t.toml:7: controller 'a': namespace 1: there is no backend 'cloud'; there are null, memory, file and nvme-passthrough",
         ),
         (
             with("", "", "backend = \"memory\""),
@@ -304,6 +305,30 @@ fn what_is_refused_and_how_it_is_said() {
         (
             with("", "", "backend = \"file\"\npath = \"/x\"\nsize = \"1G\""),
             "t.toml:7: controller 'a': namespace 1: a file namespace is as large as its file; remove 'size', and make the file with 'truncate -s 10G FILE'",
+        ),
+        (
+            with("", "", "backend = \"nvme-passthrough\""),
+            "t.toml:7: controller 'a': namespace 1: an nvme-passthrough namespace needs a path, such as path=/dev/ng0n1",
+        ),
+        (
+            with(
+                "",
+                "",
+                "backend = \"nvme-passthrough\"\npath = \"/dev/zero\"\nblock-size = 512",
+            ),
+            "t.toml:7: controller 'a': namespace 1: an nvme-passthrough namespace has the size and the blocks of its SSD; remove 'size' and 'block-size'",
+        ),
+        (
+            with(
+                "",
+                "",
+                "backend = \"nvme-passthrough\"\npath = \"/no/such\"",
+            ),
+            "t.toml:7: controller 'a': namespace 1: there is no /no/such; Linux 5.13 and later has a /dev/ngXnY for each NVMe namespace",
+        ),
+        (
+            with("", "", "backend = \"nvme-passthrough\"\npath = \"/dev\""),
+            "t.toml:7: controller 'a': namespace 1: /dev is no NVMe generic device: name a /dev/ngXnY, or use backend file",
         ),
         (
             with("", "", &format!("{MEMORY}\nblock-size = 1024")),

@@ -75,7 +75,7 @@ impl ErrorLog {
                 offset,
                 %cause,
                 not_shown,
-                "I/O on a namespace's file failed"
+                "I/O on a namespace's store failed"
             );
         }
     }
