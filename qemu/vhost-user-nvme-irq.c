@@ -11,20 +11,90 @@
 #include "qapi/error.h"
 #include "qemu/error-report.h"
 #include "qemu/main-loop.h"
+#include "qemu/processor.h"
+#include "qemu/timer.h"
 #include "system/kvm.h"
 #include "vhost-user-nvme.h"
+
+static NvmeSideWords *vring_side(NvmeVring *v)
+{
+    return &v->n->side[v - v->n->vrings];
+}
+
+static uint32_t vring_calls(NvmeVring *v)
+{
+    return le32_to_cpu(qatomic_read(&vring_side(v)->calls));
+}
+
+/* What was counted so far is told of by this. */
+static void vring_interrupt(NvmeVring *v)
+{
+    PCIDevice *pci = PCI_DEVICE(v->n);
+
+    if (v->n->side) {
+        v->seen = vring_calls(v);
+    }
+    /* Without MSI-X there is no interrupt: firmware polls. */
+    if (msix_enabled(pci)) {
+        msix_notify(pci, v - v->n->vrings);
+    }
+}
 
 /* Without KVM's help: from the main loop. */
 static void vring_called(EventNotifier *e)
 {
-    NvmeVring *v = container_of(e, NvmeVring, call);
-    PCIDevice *pci = PCI_DEVICE(v->n);
-
-    /* Without MSI-X there is no interrupt: firmware polls. */
-    if (event_notifier_test_and_clear(e) && msix_enabled(pci)) {
-        msix_notify(pci, v - v->n->vrings);
+    if (event_notifier_test_and_clear(e)) {
+        vring_interrupt(container_of(e, NvmeVring, call));
     }
 }
+
+/* ------------------------------------------------------------------ without the main loop */
+
+/* Looks at the word before the clock is asked once. */
+#define WATCH_LOOKS 32
+/* Watches that were in vain let the next 2, 4, 8... rings pass, up to this power of two. */
+#define WATCH_MISSES_MAX 5
+
+bool nvme_watch_begin(NvmeVring *v)
+{
+    if (!v->n->side || !v->n->watch_us || v->irqfd || !qatomic_read(&vring_side(v)->awake)) {
+        return false;
+    }
+    if (v->pass_over) {
+        v->pass_over--;
+        return false;
+    }
+    qatomic_set(&vring_side(v)->watching, cpu_to_le32(1));
+    smp_mb();
+    return true;
+}
+
+void nvme_watch_end(NvmeVring *v)
+{
+    int64_t end = get_clock() + v->n->watch_us * (int64_t)SCALE_US;
+    bool called;
+    unsigned i;
+
+    do {
+        for (i = 0; i < WATCH_LOOKS && vring_calls(v) == v->seen; i++) {
+            cpu_relax();
+        }
+    } while (i == WATCH_LOOKS && get_clock() < end);
+
+    /* The daemon counts, then reads this; we write it, then read the count: one of us sees the other. */
+    qatomic_set(&vring_side(v)->watching, 0);
+    smp_mb();
+    called = v->seen != vring_calls(v);
+    if (called) {
+        v->missed = 0;
+        vring_interrupt(v);
+    } else {
+        v->missed = MIN(v->missed + 1, WATCH_MISSES_MAX);
+        v->pass_over = 1u << v->missed;
+    }
+}
+
+/* ------------------------------------------------------------------ with KVM */
 
 static void vring_release_irqfd(NvmeVring *v)
 {

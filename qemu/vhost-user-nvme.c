@@ -18,6 +18,7 @@
 #include "qemu/main-loop.h"
 #include "qemu/module.h"
 #include "qemu/units.h"
+#include "system/kvm.h"
 #include "system/system.h"
 #include "system/tcg.h"
 #include "vhost-user-nvme.h"
@@ -44,9 +45,12 @@ typedef struct QEMU_PACKED FrontendPage {
     uint16_t subsystem_vendor;
     uint16_t subsystem;
     uint8_t revision;
+    uint8_t reserved2[3];
+    uint32_t side_offset; /* of the side words in the window's file; 0 = none */
 } FrontendPage;
 QEMU_BUILD_BUG_ON(offsetof(FrontendPage, vendor) != 0x10);
 QEMU_BUILD_BUG_ON(offsetof(FrontendPage, revision) != 0x18);
+QEMU_BUILD_BUG_ON(offsetof(FrontendPage, side_offset) != 0x1c);
 
 /* CAP.DSTRD is a power of two from 4 bytes to 128 KiB; more than the largest window is nobody's. */
 #define MAX_WINDOW (MAX_VRINGS * (8u << 15))
@@ -94,6 +98,39 @@ static bool file_holds(int fd, uint64_t offset, uint64_t len)
            offset + len <= (uint64_t)st.st_size;
 }
 
+static size_t side_size(VhostUserNvme *n)
+{
+    return ROUND_UP(n->n_vrings * sizeof(NvmeSideWords), qemu_real_host_page_size());
+}
+
+/* Optional: without them every ring kicks, and every interrupt comes through its eventfd. */
+static void side_map(VhostUserNvme *n, const VuMapping *m, int fd)
+{
+    uint64_t offset = m->fd_offset + n->side_offset;
+    unsigned i;
+    void *p;
+
+    if (!n->side_offset || !n->watch_us || kvm_msi_via_irqfd_enabled() || !file_holds(fd, offset, side_size(n))) {
+        return;
+    }
+    p = mmap(NULL, side_size(n), PROT_READ | PROT_WRITE, MAP_SHARED, fd, offset);
+    if (p == MAP_FAILED) {
+        return;
+    }
+    n->side = p;
+    for (i = 0; i < n->n_vrings; i++) {
+        qatomic_set(&n->side[i].attentive, cpu_to_le32(1));
+    }
+}
+
+static void side_unmap(VhostUserNvme *n)
+{
+    if (n->side) {
+        munmap(n->side, side_size(n));
+        n->side = NULL;
+    }
+}
+
 static void show_doorbells(VhostUserNvme *n, bool on)
 {
     if (n->doorbells.enabled != on) {
@@ -115,6 +152,7 @@ static VuAnswer nvme_shmem_map(void *opaque, const VuMapping *m, int fd)
                  m->fd_offset) == MAP_FAILED) {
             return VU_ANSWER_FAILED;
         }
+        side_map(n, m, fd);
         n->window_mapped = true;
         return VU_ANSWER_OK;
     case SHM_GUEST:
@@ -214,14 +252,29 @@ static uint64_t nvme_bar_read(void *opaque, hwaddr addr, unsigned size)
     return ldn_le_p(buf, size);
 }
 
+/* After the doorbell is stored. The daemon says that it sleeps, then reads the doorbell: one of us sees the other. */
+static bool daemon_awake(VhostUserNvme *n, hwaddr vring)
+{
+    if (!n->side) {
+        return false;
+    }
+    smp_mb();
+    return qatomic_read(&n->side[vring].awake) != 0;
+}
+
 static void ring_doorbell(VhostUserNvme *n, hwaddr offset, uint32_t value)
 {
     uint32_t *doorbell = n->window->start + offset;
     hwaddr vring = offset >> n->stride_shift;
+    bool is_sq = !(offset & (1u << (n->stride_shift - 1)));
+    bool watch = vring < n->n_vrings && is_sq && nvme_watch_begin(&n->vrings[vring]);
 
     qatomic_set(doorbell, cpu_to_le32(value));
-    if (vring < n->n_vrings) {
+    if (vring < n->n_vrings && !daemon_awake(n, vring)) {
         event_notifier_set(&n->vrings[vring].kick);
+    }
+    if (watch) {
+        nvme_watch_end(&n->vrings[vring]);
     }
 }
 
@@ -315,6 +368,7 @@ static void nvme_gone_bh(void *opaque)
     VhostUserNvme *n = opaque;
 
     show_doorbells(n, false);
+    side_unmap(n);
     if (!window_reserve(n->window)) {
         warn_report("%s: cannot let go of the doorbell window: %s", n->name, strerror(errno));
     }
@@ -363,6 +417,11 @@ static bool read_shape(VhostUserNvme *n, FrontendPage *page, Error **errp)
     if (n->n_vrings < 1 || n->n_vrings > MAX_VRINGS || queues != n->n_vrings) {
         error_setg(errp, "the daemon has %u (or %" PRIu64 ") queue pairs, not 1 to %u", n->n_vrings, queues,
                    MAX_VRINGS);
+        return false;
+    }
+    n->side_offset = le32_to_cpu(page->side_offset);
+    if (n->side_offset % qemu_real_host_page_size()) {
+        error_setg(errp, "the daemon's side words at 0x%x do not begin a page", n->side_offset);
         return false;
     }
     n->stride_shift = 3 + (ldl_le_p(cap + 4) & 0xf); /* CAP.DSTRD: bits 35:32 */
@@ -471,6 +530,7 @@ static void nvme_undo(VhostUserNvme *n)
         qemu_bh_delete(n->gone_bh);
         n->gone_bh = NULL;
     }
+    side_unmap(n);
     nvme_vrings_cleanup(n);
     if (n->msix_made) {
         msix_uninit_exclusive_bar(pci);
@@ -562,6 +622,7 @@ static const Property nvme_properties[] = {
     DEFINE_PROP_STRING("socket", VhostUserNvme, socket),
     DEFINE_PROP_UINT32("connect-timeout", VhostUserNvme, connect_timeout, 1000),
     DEFINE_PROP_UINT32("reply-timeout", VhostUserNvme, reply_timeout, 10000),
+    DEFINE_PROP_UINT32("watch-us", VhostUserNvme, watch_us, 30),
 };
 
 static void nvme_class_init(ObjectClass *oc, VuClassData data)
@@ -584,6 +645,8 @@ static void nvme_class_init(ObjectClass *oc, VuClassData data)
                                           "how long to wait for the daemon to listen and to take this front-end, in ms");
     object_class_property_set_description(oc, "reply-timeout",
                                           "how long an answer of the daemon may take before it counts as gone, in ms");
+    object_class_property_set_description(oc, "watch-us",
+                                          "without irqfd: how long a CPU that rings looks for the interrupt, in us; 0 = never");
 }
 
 static const TypeInfo nvme_type = {

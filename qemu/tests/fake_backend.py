@@ -41,6 +41,8 @@ class Backend:
         self.page_version = 1
         self.short_file = False     # the window's file is shorter than the window
         self.no_window = False      # never map it
+        self.side = None            # offset of the side words in the window's file; it is made large enough, unless
+        self.no_side = False        # it is not
         self.answer = None          # request name -> bytes to send instead, or "close", or "silence"
         self.refuse = ()            # names of requests to answer with a failure
         for name, value in knobs.items():
@@ -55,11 +57,13 @@ class Backend:
         self.connections = 0
         self.connected = False
         self.window_fd = os.memfd_create("doorbells")
-        os.ftruncate(self.window_fd, self.window if not self.short_file else self.window // 2)
+        size = self.window if self.side is None or self.no_side else self.side + 0x1000
+        os.ftruncate(self.window_fd, size if not self.short_file else self.window // 2)
         self.doorbells = mmap.mmap(self.window_fd, 0)
         struct.pack_into("<Q", self.registers, 0, 0x30 << 40 | self.dstrd << 32 | 0x3FF)
         struct.pack_into("<IIIHHHHHHB", self.registers, 0xF00, self.magic, self.page_version, self.window, self.vrings, 0,
                          0x1B36, 0x0010, 0x1AF4, 0x1100, 2)
+        struct.pack_into("<I", self.registers, 0xF1C, self.side or 0)
         self.listener = socket.socket(socket.AF_UNIX)
         self.listener.bind(path)
         self.listener.listen(4)
@@ -238,7 +242,8 @@ class Backend:
             _, gpa, size, _, offset = struct.unpack("<5Q", body)
             assert self.regions.pop(gpa)[:2] == (size, offset), "removed what was not added"
         if name == "RESET_DEVICE":
-            self.doorbells[:] = bytes(len(self.doorbells))
+            size = min(self.window, len(self.doorbells))
+            self.doorbells[:size] = bytes(size)
             self.enabled.clear()
         assert not fds, f"{name} with a descriptor too many"
         return None

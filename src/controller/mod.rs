@@ -34,7 +34,7 @@ use crate::backend::Backend;
 use crate::io::Namespace;
 use crate::memory::{DoorbellWindow, GuestMap};
 use crate::poller::sleep::Bed;
-use crate::poller::{ControllerKey, DoorbellMode, PollerPool};
+use crate::poller::{ControllerKey, DoorbellMode, PollerPool, Vector};
 use actor::{Actor, Parts, Port, Shared};
 use inbox::{Inbox, Mail};
 use info::Info;
@@ -207,6 +207,7 @@ impl Controller {
     /// A front-end has come. It starts from scratch: reset registers, no memory, no vectors, trapped doorbells.
     pub fn attach(&self, front: Arc<dyn FrontEnd>) {
         self.forget_vectors();
+        self.shared.window.clear_side();
         self.shared.inbox.send(Mail::Attach(front));
     }
 
@@ -298,11 +299,14 @@ impl Shared {
     /// What a controller shares with its actor, and the actor's side of the inbox.
     fn new(info: Info, pollers: usize) -> io::Result<(Arc<Self>, inbox::Outbox)> {
         let window = usize::try_from(info.window_len()).unwrap_or(usize::MAX);
+        let window = DoorbellWindow::new(window)?;
         let (inbox, outbox) = Inbox::new(pollers)?;
         let shared = Self {
             registers: Registers::new(info.max_queue_entries, info.stride.dstrd()),
-            window: DoorbellWindow::new(window)?,
-            vectors: (0..info.queues).map(|_| Arc::default()).collect(),
+            vectors: (0..info.queues)
+                .map(|vring| Arc::new(Vector::new(&window, vring)))
+                .collect(),
+            window,
             inbox,
             info,
         };

@@ -26,5 +26,5 @@ pub use ring::{Place, Ring, SharedWord};
 pub use seg::{Buffers, HostSeg};
 pub use store::Store;
 pub use vm::{Identity, VmRegion, check_file};
-pub use window::DoorbellWindow;
+pub use window::{DoorbellWindow, SideWord};
 pub use words::SharedWords;

@@ -6,7 +6,7 @@ use std::any::Any;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use super::{DoorbellWindow, GuestMap};
+use super::{DoorbellWindow, GuestMap, SideWord};
 
 /// A ring of entries of `8 * WORDS` bytes in guest memory: a submission queue (`WORDS` = 8) or a completion queue (2).
 ///
@@ -140,6 +140,14 @@ impl SharedWord {
     pub fn in_window(window: &Arc<DoorbellWindow>, offset: usize) -> Option<Self> {
         Some(Self {
             word: std::ptr::from_ref(window.register(offset)?),
+            _owner: Arc::clone(window) as _,
+        })
+    }
+
+    /// A side word of a vring of the doorbell window; `None` if there is no such vring.
+    pub fn of_vring(window: &Arc<DoorbellWindow>, vring: usize, word: SideWord) -> Option<Self> {
+        Some(Self {
+            word: std::ptr::from_ref(window.side(vring, word)?),
             _owner: Arc::clone(window) as _,
         })
     }

@@ -59,6 +59,11 @@ impl<W: Word> Bell<W> {
         self.word().load()
     }
 
+    /// Whether the guest has also rung for the value `seen` of its shadow.
+    pub fn has_rung(&self, seen: u16) -> bool {
+        self.shadow.is_none() || self.register.load() == u32::from(seen)
+    }
+
     /// Tell the guest that we look by ourselves.
     ///
     /// What was told holds for a lap of the queue, and the guest reads it at each of its rings: so it is told twice in a lap and not

@@ -10,6 +10,7 @@ use nvme_spec::{Cqe, StatusField};
 use super::bell::Bell;
 use super::interrupt::{Interrupts, Verdict};
 use super::message::Vector;
+use super::pace::{self, Pace};
 use super::stats::QueueStats;
 use crate::memory::Ring;
 
@@ -35,6 +36,8 @@ pub(super) struct Cq {
     pub stats: Arc<QueueStats>,
     pub vector: Option<Arc<Vector>>,
     interrupts: Interrupts,
+    /// Where interrupts are dear.
+    pace: Option<Box<Pace>>,
     pub bell: Bell,
     pub kick: Option<Arc<File>>,
     pub base: u64,
@@ -57,6 +60,11 @@ impl Cq {
             size: config.size,
             ring: Some(ring),
             bell,
+            pace: config
+                .vector
+                .as_ref()
+                .is_some_and(|vector| vector.is_dear())
+                .then(Box::default),
             vector: config.vector,
             kick: config.kick,
             stats: config.stats,
@@ -130,9 +138,13 @@ impl Cq {
     }
 
     /// Interrupt the guest if it has to be. Returns when it will be at the latest, if that has to wait; somebody has to
-    /// call again in the next pass then, and at that time. `grace`: see [`Interrupts::step`].
+    /// call again in the next pass then, and at that time. `grace`: see [`Interrupts::step`]. `ring_is_due`: see [`super::sq::Sq::ring_is_due`].
     #[inline]
-    pub fn signal(&mut self, grace: Duration) -> Option<Instant> {
+    pub fn signal(
+        &mut self,
+        grace: Duration,
+        ring_is_due: impl FnOnce() -> bool,
+    ) -> Option<Instant> {
         if !self.interrupts.waiting() {
             return None;
         }
@@ -150,14 +162,35 @@ impl Cq {
                 self.bell.suppress(head);
             }
         }
+        let (mut grace, mut fresh) = (grace, 0);
+        if let Some(pace) = &mut self.pace {
+            fresh = self.interrupts.count().min(unread);
+            if !grace.is_zero() {
+                let until = match fresh {
+                    0 => None,
+                    n if n < pace.goal() => pace.holds(n, Instant::now()),
+                    _ if ring_is_due() => pace.awaits_ring(Instant::now()),
+                    _ => None,
+                };
+                if until.is_some() {
+                    return until;
+                }
+                // Its handler takes longer, too.
+                grace = pace::LONGEST;
+            }
+        }
         let (verdict, spared) =
             self.interrupts
                 .step(value, unread, vector.coalescing(), grace, Instant::now);
         self.stats.suppressed.add(spared);
         match verdict {
-            Verdict::Settled => None,
+            Verdict::Settled => {
+                self.pace.iter_mut().for_each(|pace| pace.seen());
+                None
+            }
             Verdict::Wait(until) => Some(until),
             Verdict::Signal => {
+                self.pace.iter_mut().for_each(|pace| pace.told(fresh));
                 self.stats.interrupts.add(1);
                 if let Err(error) = vector.signal() {
                     tracing::debug!(cq = self.qid, %error, "interrupt not delivered");
@@ -165,6 +198,11 @@ impl Cq {
                 None
             }
         }
+    }
+
+    /// Whether the next completion will be told of at once, so that it pays to watch for it.
+    pub fn wants_ring(&self) -> bool {
+        self.pace.as_ref().is_some_and(|pace| pace.wants_ring())
     }
 
     /// Whether commands wait for the guest to make room here.

@@ -60,6 +60,12 @@ impl Interrupts {
         self.fresh = true;
     }
 
+    /// Entries that were posted since the last interrupt; the guest may have seen some.
+    #[inline]
+    pub fn count(&self) -> u32 {
+        self.unsignalled
+    }
+
     /// Whether [`Self::step`] has anything to decide.
     #[inline]
     pub fn waiting(&self) -> bool {

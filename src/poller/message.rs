@@ -11,6 +11,7 @@ use nvme_spec::doorbell::DoorbellStride;
 use nvme_spec::ring::RingSize;
 use rustix::fs::OFlags;
 
+use super::front::Side;
 use super::interrupt::Coalescing;
 use super::stats::{NamespaceStats, QueueStats};
 use crate::io::Namespace;
@@ -48,11 +49,25 @@ pub struct Attachment {
 #[derive(Default)]
 pub struct Vector {
     call: ArcSwapOption<File>,
+    side: Option<Side>,
     /// [`Coalescing`], the time in the high byte.
     coalescing: AtomicU16,
 }
 
 impl Vector {
+    /// Vector number `vring` of the front-end that maps this window.
+    pub fn new(window: &Arc<DoorbellWindow>, vring: u16) -> Self {
+        Self {
+            side: Some(Side::new(Arc::clone(window), usize::from(vring))),
+            ..Self::default()
+        }
+    }
+
+    /// Whether an interrupt is dear: the front-end has to wake up for it, unless it is looking.
+    pub fn is_dear(&self) -> bool {
+        self.side.as_ref().is_some_and(Side::is_attentive)
+    }
+
     /// Use this eventfd from now on; `None` = nobody listens.
     ///
     /// It is made non-blocking: a front-end that lets its counter run full must not stop a poller.
@@ -85,6 +100,12 @@ impl Vector {
     ///
     /// What the kernel says of the eventfd. A counter that is full already is not an error: the interrupt is pending.
     pub fn signal(&self) -> io::Result<()> {
+        if let Some(side) = &self.side
+            && side.is_attentive()
+            && side.tell()
+        {
+            return Ok(());
+        }
         match self.call.load().as_deref() {
             None => Ok(()),
             Some(mut file) => match file.write(&1u64.to_ne_bytes()) {

@@ -7,6 +7,7 @@ mod bell;
 mod cq;
 mod done;
 mod engine;
+mod front;
 mod idle;
 mod interrupt;
 mod journal;
@@ -28,6 +29,8 @@ mod work;
 
 #[cfg(test)]
 mod models;
+mod pace;
+mod patience;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]

@@ -50,6 +50,11 @@ impl Quiet {
         self.left == 0
     }
 
+    /// Since when nothing was found, as of the last look.
+    pub fn since(&self) -> Instant {
+        self.since
+    }
+
     /// The clock was looked at. How long nothing was found.
     pub fn look(&mut self, now: Instant) -> Duration {
         let passed = now.duration_since(self.now);

@@ -213,7 +213,15 @@ impl Served {
             }
             return Fetched::STALLED;
         }
-        if !sq.bell.has_shadow() {
+        if let Some(front) = &mut sq.front {
+            front.awake();
+            front.fetched(cq.wants_ring());
+            if cq.wants_ring() {
+                // We would look without being asked; but whoever rings then watches for the completion.
+                sq.bell.arm(sq.tail);
+            }
+        }
+        if !sq.bell.has_shadow() && !cq.wants_ring() {
             self.unshadowed_batches = self.unshadowed_batches.saturating_add(1);
         }
 

@@ -10,6 +10,7 @@ use nvme_spec::ring::RingSize;
 
 use super::bell::{Bell, Shadow};
 use super::cq::Cq;
+use super::front::Front;
 use super::idle::Awaited;
 use super::journal::Journal;
 use super::message::{
@@ -208,7 +209,12 @@ impl Served {
         if let Some(journal) = &self.journal {
             journal.fetched(config.qid, 0);
         }
-        *place = Some(Sq::new(config, ring, bell));
+        let mut sq = Sq::new(config, ring, bell);
+        // The front-end's word is that of the identifier, which is the completion queue's too: only if it is the same poller's.
+        if sq.cqid == sq.qid {
+            sq.front = Front::of(&self.at.window, sq.qid);
+        }
+        *place = Some(sq);
         Ok(())
     }
 
@@ -232,7 +238,7 @@ impl Served {
     }
 
     pub fn sq(&mut self, qid: u16) -> Option<&mut Sq> {
-        self.sqs.get_mut(usize::from(qid))?.as_mut()
+        place(&mut self.sqs, qid)
     }
 
     /// Where the next command of a queue will be.
@@ -245,7 +251,7 @@ impl Served {
     }
 
     pub fn cq(&mut self, qid: u16) -> Option<&mut Cq> {
-        self.cqs.get_mut(usize::from(qid))?.as_mut()
+        place(&mut self.cqs, qid)
     }
 
     /// Use shadow doorbells, for the queues that exist too. All or nothing.
@@ -417,7 +423,8 @@ impl Served {
             let Some(Some(cq)) = self.cqs.get_mut(usize::from(cqid)) else {
                 continue;
             };
-            match cq.signal(grace) {
+            let ring_is_due = || place(&mut self.sqs, cqid).is_some_and(|sq| sq.ring_is_due());
+            match cq.signal(grace, ring_is_due) {
                 None => self.posted &= !(1 << cqid),
                 held => until = until.into_iter().chain(held).min(),
             }
@@ -440,7 +447,9 @@ impl Served {
     }
 
     /// Ask the guest to ring for everything we wait for. A full fence and [`Self::has_work`] must follow.
-    pub fn arm(&self) {
+    pub fn arm(&mut self) {
+        let fronts = self.sqs.iter_mut().flatten().flat_map(|sq| &mut sq.front);
+        fronts.for_each(Front::asleep);
         self.awaited().for_each(|awaited| awaited.arm());
     }
 
@@ -450,4 +459,9 @@ impl Served {
         self.awaited().any(|awaited| awaited.has_come())
             || admin.any(|(word, seen)| word.load() != *seen)
     }
+}
+
+/// The queue of this identifier.
+fn place<Q>(queues: &mut [Option<Q>], qid: u16) -> Option<&mut Q> {
+    queues.get_mut(usize::from(qid))?.as_mut()
 }

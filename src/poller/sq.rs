@@ -6,6 +6,7 @@ use std::sync::Arc;
 use nvme_spec::ring::RingSize;
 
 use super::bell::Bell;
+use super::front::Front;
 use super::stats::QueueStats;
 use crate::memory::{Near, Place, Ring};
 
@@ -47,6 +48,8 @@ pub(super) struct Sq {
     /// Command identifiers to be aborted when they are fetched.
     pub aborts: Vec<u16>,
     pub bell: Bell,
+    /// The front-end's side, if it listens.
+    pub front: Option<Front>,
     pub kick: Option<Arc<File>>,
     pub base: u64,
 }
@@ -68,6 +71,7 @@ impl Sq {
             size: config.size,
             ring: Some(ring),
             bell,
+            front: None,
             cqid: config.cqid,
             state: State::Running,
             kick: config.kick,
@@ -107,6 +111,12 @@ impl Sq {
     pub fn next_command(&self) -> Place {
         let place = |ring: &Ring<8>| ring.place(u32::from(self.head));
         self.ring.as_ref().map(place).unwrap_or_default()
+    }
+
+    /// Whether the guest is about to ring for commands that we have seen already: then somebody watches for their completion.
+    pub fn ring_is_due(&self) -> bool {
+        let expects = self.front.as_ref().is_some_and(Front::expects_ring);
+        expects && !self.bell.has_rung(self.tail)
     }
 
     /// Copy the next command out. Call only as often as [`Self::look`] said.

@@ -13,8 +13,10 @@ use nvme_spec::{Cqe, Sqe, Status};
 use super::*;
 use crate::backend::{Backend, HugePages, MemoryOptions};
 use crate::io::{Namespace, test_memory};
-use crate::memory::{DoorbellWindow, GuestMap, Ring, SharedWord};
+use crate::memory::{DoorbellWindow, GuestMap, Ring, SharedWord, SideWord};
 use crate::poller::stats::{NamespaceStats, QueueStats};
+
+mod attentive;
 
 const KEY: ControllerKey = ControllerKey(7);
 const SQ: u64 = 0x1_0000;
@@ -74,6 +76,11 @@ fn eventfd() -> (std::fs::File, std::fs::File) {
 
 impl Guest {
     fn new(size: u32, idle: IdlePolicy, shadow: bool) -> Self {
+        Self::behind(size, idle, shadow, false)
+    }
+
+    /// A guest whose front-end may be attentive.
+    fn behind(size: u32, idle: IdlePolicy, shadow: bool, attentive: bool) -> Self {
         let pool = PollerPool::start(&[PollerConfig {
             core: None,
             idle,
@@ -96,7 +103,9 @@ impl Guest {
         let (kick, kick_theirs) = eventfd();
         let (head_kick, head_kick_theirs) = eventfd();
         let (calls, call_theirs) = eventfd();
-        let vector = Arc::new(Vector::default());
+        let vector = Arc::new(Vector::new(&window, 1));
+        let word = window.side(1, SideWord::Attentive).unwrap();
+        word.store(u32::from(attentive), Ordering::Release);
         vector.set(Some(call_theirs));
         let mut guest = Self {
             pool,

@@ -12,6 +12,7 @@ use super::idle::{self, Sleeper, Word as _};
 use super::journal::Journal;
 use super::mailbox::Mailbox;
 use super::message::{Attachment, ControllerKey, DoorbellMode, Message, PollerEvent, Reply};
+use super::patience::Patience;
 use super::quiet::Quiet;
 use super::run::Core;
 use super::served::Served;
@@ -42,6 +43,7 @@ pub(super) struct Thread {
     stats: Arc<PollerStats>,
     engine: Engine,
     quiet: Quiet,
+    patience: Patience,
     /// How long the next sleep may be.
     limit: Option<Duration>,
     last_tick: Instant,
@@ -60,6 +62,7 @@ impl Thread {
         Ok(Self {
             index,
             engine: Engine::new(config.slots),
+            patience: Patience::new(config.poll_for),
             config,
             mailbox,
             bed,
@@ -86,8 +89,8 @@ impl Thread {
                 self.stats.empty.add(1);
                 self.stats.races_lost.add(u64::from(slept));
             }
-            slept = false;
-            let enough = self.quiet.passed(busy) && self.look_at_clock();
+            let woken = std::mem::take(&mut slept) && busy;
+            let enough = self.quiet.passed(busy) && self.look_at_clock(woken);
             if !busy && (enough || self.config.idle == IdlePolicy::Interrupt) {
                 slept = idle::doze(&mut self);
                 match slept {
@@ -118,10 +121,15 @@ impl Thread {
         busy
     }
 
-    /// Look at the clock, after some passes; whether nothing happened for so long that the policy has us sleep.
-    fn look_at_clock(&mut self) -> bool {
+    /// Look at the clock, after some passes; whether nothing happened for so long that the policy has us sleep. `woken`: there is
+    /// work, for the first time after a sleep.
+    fn look_at_clock(&mut self, woken: bool) -> bool {
         let now = Instant::now();
+        let before = self.quiet.since();
         let quiet = self.quiet.look(now);
+        if woken {
+            self.patience.woken(now.duration_since(before));
+        }
         self.tick(now);
         match self.config.idle {
             IdlePolicy::Poll => !self.engine.served.iter().flatten().any(Served::has_queues),
@@ -129,7 +137,7 @@ impl Thread {
                 let others_want_mapped = self.engine.served.iter().flatten().any(|served| {
                     served.is_mapped() && served.wanted == Some(DoorbellMode::Trapped)
                 });
-                quiet >= self.config.poll_for && (!others_want_mapped || quiet >= MAPPED_QUIET)
+                quiet >= self.patience.now() && (!others_want_mapped || quiet >= MAPPED_QUIET)
             }
             IdlePolicy::Interrupt => true,
         }

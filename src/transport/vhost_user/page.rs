@@ -32,6 +32,8 @@ impl FrontEndPage {
             put(0x10 + 2 * i, &id.to_le_bytes());
         }
         put(0x18, &[revision]);
+        // The side words lie behind the doorbells in their file.
+        put(0x1C, &window.to_le_bytes());
         Self { bytes }
     }
 
@@ -62,12 +64,12 @@ mod tests {
     #[test]
     fn golden_bytes() {
         let p = FrontEndPage::new(0x2000, 33, [0x1B36, 0x0010, 0x1AF4, 0x1100], 2);
-        let head: Vec<u8> = (0..0x1A).map(|i| p.byte(i)).collect();
+        let head: Vec<u8> = (0..0x20).map(|i| p.byte(i)).collect();
         assert_eq!(
             head,
             [
                 b'N', b'V', b'M', b'E', 1, 0, 0, 0, 0, 0x20, 0, 0, 33, 0, 0, 0, 0x36, 0x1B, 0x10,
-                0, 0xF4, 0x1A, 0, 0x11, 2, 0
+                0, 0xF4, 0x1A, 0, 0x11, 2, 0, 0, 0, 0, 0x20, 0, 0
             ]
         );
         assert_eq!(p.byte(usize::MAX), 0);
