@@ -142,6 +142,7 @@ fn controller(
         doorbell_buffer: spec.doorbell_buffer,
         doorbell_stride: spec.doorbell_stride,
         pci_ids: spec.pci_ids,
+        placement: spec.placement.clone(),
     }
 }
 

@@ -14,8 +14,8 @@ use vhost_user_nvme::memory::{DoorbellWindow, GuestMap, Ring};
 use vhost_user_nvme::poller::stats::{NamespaceStats, QueueStats};
 use vhost_user_nvme::poller::testing::Passes;
 use vhost_user_nvme::poller::{
-    Attachment, ControlSink, ControllerKey, CqConfig, DoorbellMode, Message, PollerEvent, Reply,
-    SqConfig,
+    Attachment, ControlSink, ControllerKey, CqConfig, DoorbellMode, HandOver, Message, PollerEvent,
+    Reply, SqConfig,
 };
 
 /// Entries of each queue.
@@ -41,6 +41,7 @@ pub enum Kind {
 struct Sink;
 
 impl ControlSink for Sink {
+    fn released(&self, _: usize, _: u64, _: Box<HandOver>) {}
     fn reply(&self, _: usize, reply: Reply) {
         assert_eq!(reply.result, Ok(true));
     }

@@ -10,7 +10,7 @@ use vhost_user_nvme::backend::{
     Backend, Delay, Fault, FileOptions, HugePages, IoPoll, MemoryOptions, NullOptions, OpenError,
     Rules,
 };
-use vhost_user_nvme::controller::{Controller, ControllerConfig, NamespaceConfig};
+use vhost_user_nvme::controller::{Controller, ControllerConfig, NamespaceConfig, Placement};
 use vhost_user_nvme::driver::{Driver, Options, QueueConfig};
 use vhost_user_nvme::poller::{IdlePolicy, PollerConfig, PollerPool};
 use vhost_user_nvme::transport::vhost_user::{Server, SocketFile};
@@ -101,6 +101,8 @@ pub struct Plan {
     pub doorbell_buffer: bool,
     /// CAP.DSTRD.
     pub doorbell_stride: u8,
+    /// Which pollers serve its queues.
+    pub placement: Placement,
 }
 
 impl Plan {
@@ -119,6 +121,7 @@ impl Plan {
             max_transfer: 1 << 20,
             doorbell_buffer: true,
             doorbell_stride: 0,
+            placement: Placement::default(),
         }
     }
 }
@@ -197,6 +200,7 @@ impl TestDaemon {
             doorbell_buffer: plan.doorbell_buffer,
             doorbell_stride: plan.doorbell_stride,
             pci_ids: [0x1b36, 0x0010, 0x1af4, 0x1100],
+            placement: plan.placement,
         };
         let controller = Controller::new(config, &self._pollers).expect("a controller");
         let path = self.dir.path().join(format!("{index}.sock"));

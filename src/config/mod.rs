@@ -15,6 +15,7 @@ use std::time::Duration;
 pub use raw::{DangerZone, Fault, FaultAction, Huge, IoPoll, LogFormat, Operation};
 pub use resolve::resolve;
 
+use crate::controller::Placement;
 use crate::poller::PollerConfig;
 
 /// What is wrong with a configuration, in one line, with where it stands and how to mend it.
@@ -85,6 +86,8 @@ pub struct ControllerSpec {
     pub doorbell_stride: u8,
     /// PCI vendor, device, subsystem vendor and subsystem ids.
     pub pci_ids: [u16; 4],
+    /// Which pollers serve its queues.
+    pub placement: Placement,
     /// Its namespaces, by ascending NSID.
     pub namespaces: Vec<NamespaceSpec>,
 }

@@ -98,9 +98,26 @@ pub struct Controller {
     pub doorbell_stride: Option<u8>,
     /// PCI vendor, device, subsystem vendor and subsystem ids.
     pub pci_ids: Option<[u16; 4]>,
+    /// How its queues are put on pollers.
+    pub placement: Option<Policy>,
+    /// The pollers that may serve it, counted from 0.
+    pub pollers: Option<Vec<usize>>,
     /// `[[controller.namespace]]`
     #[serde(default)]
     pub namespace: Vec<Spanned<Namespace>>,
+}
+
+/// How queues are put on pollers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Policy {
+    /// Each to the poller with the fewest queues.
+    #[default]
+    Spread,
+    /// All of a controller to one poller.
+    Packed,
+    /// To pollers where the guest's memory is.
+    Numa,
 }
 
 /// One namespace.

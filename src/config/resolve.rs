@@ -12,6 +12,7 @@ use super::raw;
 use super::{
     Config, ConfigError, ControllerSpec, DEFAULT_POLL, Huge, Log, NamespaceSpec, Socket, StoreSpec,
 };
+use crate::controller::{Placement, Policy};
 use crate::poller::{IdlePolicy, PollerConfig};
 
 /// Queue pairs by default: admin and 32 for I/O.
@@ -63,6 +64,7 @@ pub fn resolve(file: raw::File, source: Option<&Source>) -> Result<Config, Confi
         let span = spanned.span();
         let at = source.map(|s| s.at(&span)).unwrap_or_default();
         let spec = controller(spanned.into_inner(), &at, source)?;
+        check_placement(&spec, &pollers).map_err(|e| ConfigError(format!("{at}{e}")))?;
         seen.add(&spec)
             .map_err(|e| ConfigError(format!("{at}{e}")))?;
         controllers.push(spec);
@@ -137,6 +139,30 @@ fn check_cores(cores: &[usize]) -> Result<(), String> {
         if !seen.insert(core) {
             return Err(format!("core {core} is named twice; a core has one poller"));
         }
+    }
+    Ok(())
+}
+
+/// Check that there are pollers for a controller, and cores where it wants to choose by them.
+fn check_placement(spec: &ControllerSpec, pollers: &[PollerConfig]) -> Result<(), String> {
+    let name = &spec.name;
+    if let Some(chosen) = &spec.placement.pollers {
+        let last = pollers.len().saturating_sub(1);
+        if chosen.is_empty() {
+            return Err(format!(
+                "controller '{name}': pollers is empty; name some of 0 to {last}, or leave it out"
+            ));
+        }
+        if let Some(wrong) = chosen.iter().find(|p| **p > last) {
+            return Err(format!(
+                "controller '{name}': there is no poller {wrong}; they are counted from 0 to {last}"
+            ));
+        }
+    }
+    if spec.placement.policy == Policy::Numa && pollers.iter().any(|p| p.core.is_none()) {
+        return Err(format!(
+            "controller '{name}': placement = \"numa\" needs to know where pollers run; give [daemon] cores"
+        ));
     }
     Ok(())
 }
@@ -299,6 +325,14 @@ fn controller(
         doorbell_buffer: c.doorbell_buffer.unwrap_or(true),
         doorbell_stride,
         pci_ids: c.pci_ids.unwrap_or(PCI_IDS),
+        placement: Placement {
+            policy: match c.placement.unwrap_or_default() {
+                raw::Policy::Spread => Policy::Spread,
+                raw::Policy::Packed => Policy::Packed,
+                raw::Policy::Numa => Policy::Numa,
+            },
+            pollers: c.pollers,
+        },
         namespaces,
     })
 }

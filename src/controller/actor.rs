@@ -18,7 +18,9 @@ use super::health::Health;
 use super::inbox::{Inbox, Mail, Outbox};
 use super::info::Info;
 use super::lifecycle::{Drain, Phase};
+use super::moving::Move;
 use super::pending::Pending;
+use super::placement::{self, Candidate, Placement, Policy};
 use super::queues::Queues;
 use super::registers::Registers;
 use super::throttle::Throttle;
@@ -39,11 +41,32 @@ const MAIL_BATCH: usize = 256;
 pub(super) trait Port: Send {
     /// Put a message into its mailbox.
     fn send(&self, message: Message);
+
+    /// How many queues it has, of all controllers.
+    fn queues(&self) -> usize;
+
+    /// Of these, there were `before` of ours and are `now`.
+    fn count_queues(&self, before: usize, now: usize);
+
+    /// The NUMA node of its core.
+    fn node(&self) -> Option<u32>;
 }
 
 impl Port for PollerHandle {
     fn send(&self, message: Message) {
         PollerHandle::send(self, message);
+    }
+
+    fn queues(&self) -> usize {
+        PollerHandle::queues(self)
+    }
+
+    fn count_queues(&self, before: usize, now: usize) {
+        PollerHandle::count_queues(self, before, now);
+    }
+
+    fn node(&self) -> Option<u32> {
+        self.node
     }
 }
 
@@ -62,6 +85,8 @@ pub(super) struct Parts {
     pub(super) outbox: Outbox,
     pub(super) key: ControllerKey,
     pub(super) ports: Vec<Box<dyn Port>>,
+    /// Where queues may go.
+    pub(super) placement: Placement,
     /// As pollers want them, in the order of `shared.info.namespaces`.
     pub(super) namespaces: Arc<[Namespace]>,
     /// Stores that must be flushed when the guest shuts down.
@@ -76,6 +101,9 @@ pub(super) struct Actor {
     outbox: Outbox,
     pub(super) key: ControllerKey,
     pub(super) ports: Vec<Box<dyn Port>>,
+    pub(super) placement: Placement,
+    /// Our queues on each poller, as the ports were told.
+    counted: Vec<usize>,
     pub(super) namespaces: Arc<[Namespace]>,
     pub(super) volatile: Vec<Arc<Backend>>,
     /// Which pollers know this controller.
@@ -99,6 +127,10 @@ pub(super) struct Actor {
     /// NSIDs that changed since the guest read the list, ascending.
     pub(super) changed: Vec<u32>,
     pub(super) pending: Pending,
+    /// The queue that moves to another poller now.
+    pub(super) moving: Option<Move>,
+    /// How many moves there have been.
+    pub(super) moves: u64,
     pub(super) throttle: Throttle,
     bed: Bed,
     stop: bool,
@@ -127,6 +159,8 @@ impl Actor {
             health: Health::new(pollers),
             changed: Vec::new(),
             pending: Pending::default(),
+            moving: None,
+            moves: 0,
             throttle: Throttle::new(),
             bed: parts.bed,
             stop: false,
@@ -134,6 +168,8 @@ impl Actor {
             outbox: parts.outbox,
             key: parts.key,
             ports: parts.ports,
+            placement: parts.placement,
+            counted: vec![0; pollers],
             namespaces: parts.namespaces,
             volatile: parts.volatile,
         }
@@ -155,6 +191,8 @@ impl Actor {
                 self.sleep();
             }
         }
+        self.queues.clear();
+        self.count_queues();
         // Nobody waits for the answers: a poller keeps alive what its I/O needs.
         for poller in self.attached_pollers() {
             let token = self.pending.unanswered();
@@ -193,7 +231,44 @@ impl Actor {
         self.switch_doorbells();
         more |= self.serve_admin();
         self.warn_of_slow_drain();
+        self.count_queues();
         more
+    }
+
+    /// Tell pollers, for the choices of others, how many of our queues they have.
+    fn count_queues(&mut self) {
+        let loads = self.queues.loads(self.ports.len());
+        for ((port, before), now) in self.ports.iter().zip(&mut self.counted).zip(loads) {
+            if *before != now {
+                port.count_queues(*before, now);
+                *before = now;
+            }
+        }
+    }
+
+    /// Choose a poller for a new completion queue with its ring at `base`.
+    pub(super) fn choose_poller(&self, base: u64) -> Option<usize> {
+        let own = self.queues.loads(self.ports.len());
+        let ports = self.ports.iter().zip(&self.counted).zip(own).enumerate();
+        let candidates: Vec<_> = ports
+            .filter(|(poller, _)| self.placement.allows(*poller))
+            .map(|(poller, ((port, counted), own))| Candidate {
+                poller,
+                // Ours of this turn are not counted there yet.
+                queues: port.queues().saturating_sub(*counted).saturating_add(own),
+                own,
+                node: port.node(),
+            })
+            .collect();
+        let memory = match self.placement.policy {
+            Policy::Numa => {
+                let admin = self.shared.registers.admin();
+                self.map.node(&[base, admin.asq, admin.acq])
+            }
+            _ => None,
+        };
+        let start = usize::try_from(self.key.0).unwrap_or(0);
+        placement::pick(self.placement.policy, &candidates, start, memory)
     }
 
     /// Take the reports of failed commands. A poller reports before the guest sees the completion: so a guest that asks for the
@@ -217,6 +292,11 @@ impl Actor {
                 if self.switch.acknowledged(mode) {
                     self.tell_doorbells();
                 }
+            }
+            Mail::Released(poller, token, queues) => self.released(poller, token, queues),
+            Mail::Move(cqid, to, done) => self.move_queue(cqid, to, done),
+            Mail::Placement(to) => {
+                let _ = to.try_send(self.placed());
             }
             Mail::Reply(poller, reply) => self.answered(poller, &reply),
             Mail::Stopped(event) => self.queue_stopped(event),

@@ -13,8 +13,9 @@ use crossbeam_channel::{Receiver, Sender, TrySendError};
 use rustix::event::{EventfdFlags, eventfd};
 
 use super::FrontEnd;
+use super::moving::{MoveError, Placed};
 use crate::memory::GuestMap;
-use crate::poller::{ControlSink, DoorbellMode, IoFailure, PollerEvent, Reply};
+use crate::poller::{ControlSink, DoorbellMode, HandOver, IoFailure, PollerEvent, Reply};
 
 /// Reports of failed commands that may wait. What does not fit is counted.
 const FAILURES: usize = 256;
@@ -35,6 +36,12 @@ pub(super) enum Mail {
     Doorbells(DoorbellMode),
     /// A poller answers.
     Reply(usize, Reply),
+    /// A poller has released queues that are to move; the token of the message that asked for it.
+    Released(usize, u64, Box<HandOver>),
+    /// Move a completion queue to a poller, and send what comes of it.
+    Move(u16, usize, Sender<Result<(), MoveError>>),
+    /// Send where the queues are.
+    Placement(Sender<Vec<Placed>>),
     /// A poller reports that a queue has stopped.
     Stopped(PollerEvent),
     /// The attributes of a namespace have changed.
@@ -127,6 +134,10 @@ impl Inbox {
 impl ControlSink for Inbox {
     fn reply(&self, poller: usize, reply: Reply) {
         self.send(Mail::Reply(poller, reply));
+    }
+
+    fn released(&self, poller: usize, token: u64, queues: Box<HandOver>) {
+        self.send(Mail::Released(poller, token, queues));
     }
 
     fn event(&self, poller: usize, event: PollerEvent) {

@@ -98,6 +98,7 @@ impl Actor {
         self.complain(&format!("controller fatal status: {why}"));
         self.admin = None;
         self.pending.forget_admin();
+        self.forget_deferred();
         self.phase = Phase::Failed;
         let registers = &self.shared.registers;
         registers.set_csts(registers.csts().with_cfs(true));
@@ -134,6 +135,7 @@ impl Actor {
         self.shadow = None;
         self.shutdowns = self.shutdowns.wrapping_add(1);
         self.pending.forget_admin();
+        self.forget_move();
         self.queues.clear();
         self.features.reset(&self.shared.info);
         self.set_coalescing();

@@ -13,6 +13,7 @@ mod identity;
 mod inbox;
 mod info;
 mod lifecycle;
+mod moving;
 mod pending;
 mod placement;
 mod queues;
@@ -38,6 +39,8 @@ use crate::poller::{ControllerKey, DoorbellMode, PollerPool, Vector};
 use actor::{Actor, Parts, Port, Shared};
 use inbox::{Inbox, Mail};
 use info::Info;
+pub use moving::{MoveError, Placed};
+pub use placement::{Placement, Policy};
 use registers::Registers;
 
 /// A namespace, as configured.
@@ -84,6 +87,8 @@ pub struct ControllerConfig {
     pub doorbell_stride: u8,
     /// PCI vendor, device, subsystem vendor and subsystem ids.
     pub pci_ids: [u16; 4],
+    /// Which pollers serve its queues.
+    pub placement: Placement,
 }
 
 /// Why a controller could not be made.
@@ -141,6 +146,16 @@ impl Controller {
         if handles.is_empty() {
             return Err(fail("there is no poller to serve its queues", None));
         }
+        let pollers = &config.placement.pollers;
+        if let Some(chosen) = pollers
+            && (chosen.is_empty() || chosen.iter().any(|p| *p >= handles.len()))
+        {
+            let what = format!(
+                "pollers are {chosen:?}; name some of 0 to {}",
+                handles.len() - 1
+            );
+            return Err(fail(&what, None));
+        }
         let shared = Shared::new(info, handles.len())
             .map_err(|e| fail("its doorbells or its eventfd cannot be made", Some(e)))?;
         let (shared, outbox) = shared;
@@ -169,6 +184,7 @@ impl Controller {
                 .iter()
                 .map(|handle| Box::new(handle.clone()) as Box<dyn Port>)
                 .collect(),
+            placement: config.placement.clone(),
             namespaces,
             volatile,
             bed,
@@ -268,6 +284,25 @@ impl Controller {
     /// The front-end has acknowledged a switch.
     pub fn doorbells_are(&self, mode: DoorbellMode) {
         self.shared.inbox.send(Mail::Doorbells(mode));
+    }
+
+    /// Move a completion queue, with its submission queues, to another poller while the guest uses it. Waits, at most `limit`, until it
+    /// is there.
+    ///
+    /// # Errors
+    ///
+    /// [`MoveError`] says why it stays; after [`MoveError::NoAnswer`] it may yet move.
+    pub fn move_queue(&self, cqid: u16, poller: usize, limit: Duration) -> Result<(), MoveError> {
+        let (sender, done) = crossbeam_channel::bounded(1);
+        self.shared.inbox.send(Mail::Move(cqid, poller, sender));
+        done.recv_timeout(limit).unwrap_or(Err(MoveError::NoAnswer))
+    }
+
+    /// On which poller each completion queue is; `None` if the controller does not answer within `limit`.
+    pub fn placement(&self, limit: Duration) -> Option<Vec<Placed>> {
+        let (sender, placed) = crossbeam_channel::bounded(1);
+        self.shared.inbox.send(Mail::Placement(sender));
+        placed.recv_timeout(limit).ok()
     }
 
     /// The instance id the front-end presents.

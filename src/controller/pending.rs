@@ -15,6 +15,8 @@ pub(super) enum Work {
     Admin(AdminWork),
     /// A reset or detach.
     Drain,
+    /// A step of the move of this number.
+    Move(u64),
     /// New memory; the sender is dropped when it is in use everywhere.
     Memory {
         /// Held for its drop only.

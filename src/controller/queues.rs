@@ -80,6 +80,28 @@ impl Queues {
         self.sqs.iter().flatten().any(|sq| sq.cqid == cqid)
     }
 
+    /// All completion queues, with their identifiers.
+    pub(super) fn cqs(&self) -> impl Iterator<Item = (u16, &Cq)> {
+        let all = (0..).zip(&self.cqs);
+        all.filter_map(|(qid, cq)| Some((qid, cq.as_ref()?)))
+    }
+
+    /// The submission queues of a completion queue, with their identifiers.
+    pub(super) fn sqs_of(&self, cqid: u16) -> impl Iterator<Item = (u16, &Sq)> + Clone {
+        let all = (0..).zip(&self.sqs);
+        all.filter_map(move |(qid, sq)| Some((qid, sq.as_ref().filter(|sq| sq.cqid == cqid)?)))
+    }
+
+    /// A completion queue and its submission queues are on another poller now.
+    pub(super) fn moved(&mut self, cqid: u16, to: usize) {
+        if let Some(cq) = self.cqs.get_mut(usize::from(cqid)).and_then(Option::as_mut) {
+            cq.poller = to;
+        }
+        for sq in self.sqs.iter_mut().flatten().filter(|sq| sq.cqid == cqid) {
+            sq.poller = to;
+        }
+    }
+
     /// How many queues each poller has.
     pub(super) fn loads(&self, pollers: usize) -> Vec<usize> {
         let mut loads = vec![0; pollers];

@@ -10,6 +10,7 @@ mod copy;
 mod held;
 mod map;
 mod mapped;
+mod numa;
 mod ring;
 mod seg;
 pub mod sigbus;

@@ -48,6 +48,24 @@ const _: () = assert!(
     "what a completion touches lies on one cache line"
 );
 
+/// What has become of a completion queue, without its memory.
+pub(super) struct CqState {
+    /// Its memory was not there.
+    gone: bool,
+    tail: u16,
+    head: u16,
+    phase: Phase,
+    broken: bool,
+    interrupts: Interrupts,
+}
+
+impl CqState {
+    /// Whether its memory was not there when it was on a poller last.
+    pub fn gone(&self) -> bool {
+        self.gone
+    }
+}
+
 /// A guest's head doorbell holds a value that its queue does not have.
 pub(super) struct InvalidHead;
 
@@ -74,6 +92,52 @@ impl Cq {
             owed: 0,
             interrupts: Interrupts::default(),
             broken: false,
+        }
+    }
+
+    /// Leave this poller. No command is owed a completion.
+    pub fn pack(self) -> (super::CqConfig, CqState) {
+        let config = super::CqConfig {
+            qid: self.qid,
+            base: self.base,
+            size: self.size,
+            vector: self.vector,
+            kick: self.kick,
+            stats: self.stats,
+        };
+        let state = CqState {
+            gone: self.ring.is_none(),
+            tail: self.tail,
+            head: self.head,
+            phase: self.phase,
+            broken: self.broken,
+            interrupts: self.interrupts,
+        };
+        (config, state)
+    }
+
+    /// Go on with a queue of another poller.
+    pub fn unpack(
+        config: super::CqConfig,
+        state: CqState,
+        ring: Option<Ring<2>>,
+        bell: Bell,
+    ) -> Self {
+        Self {
+            qid: config.qid,
+            base: config.base,
+            size: config.size,
+            ring,
+            bell,
+            vector: config.vector,
+            kick: config.kick,
+            stats: config.stats,
+            tail: state.tail,
+            phase: state.phase,
+            head: state.head,
+            owed: 0,
+            interrupts: state.interrupts,
+            broken: state.broken,
         }
     }
 

@@ -1,11 +1,20 @@
 //! All that a poller serves, and one pass over it.
 
+use super::hand_over::HandOver;
 use super::interrupt::GRACE;
 use super::look::{Looks, Seen};
 use super::message::ControllerKey;
-use super::run::Core;
+use super::run::{Core, Fetched};
 use super::served::Served;
 use crate::backend::Channel as _;
+
+/// What leaves a poller.
+pub(super) enum Left<'a> {
+    /// A controller has come to its end.
+    Controller(Box<Served>),
+    /// Queues of a controller go to another poller; the token of the message that asked for it.
+    Queues(&'a Served, u64, HandOver),
+}
 
 /// The controllers of a poller.
 pub(super) struct Engine {
@@ -34,9 +43,9 @@ impl Engine {
     }
 
     /// Look at everything once: results, new commands, then one flush each and one interrupt for each completion queue. Whether
-    /// there was anything. `gone` is called with a controller that has come to its end.
+    /// there was anything. `left` is called with what leaves this poller.
     #[inline]
-    pub fn pass(&mut self, gone: impl FnMut(Served)) -> bool {
+    pub fn pass(&mut self, left: impl FnMut(Left)) -> bool {
         let mut busy = false;
         if !self.awaited.is_empty() {
             busy |= self.collect();
@@ -49,6 +58,7 @@ impl Engine {
             ..
         } = self;
         core.expect(looks.busy());
+        let mut stalled = false;
         looks.pass(|index, qid, value| {
             let Some(Some(served)) = served.get_mut(usize::from(index)) else {
                 return Seen::default();
@@ -58,6 +68,7 @@ impl Engine {
                 return Seen::default();
             }
             let fetched = served.fetch(core, u16::from(qid), value);
+            stalled |= fetched == Fetched::STALLED;
             if fetched.busy {
                 busy = true;
                 touch(touched, served);
@@ -67,8 +78,12 @@ impl Engine {
                 next: served.next_command(u16::from(qid)),
             }
         });
+        if stalled {
+            // Slots that come free are given to those who look first: that is not always the same one.
+            self.looks.rotate();
+        }
         if !self.touched.is_empty() {
-            self.finish(gone);
+            self.finish(left);
         }
         busy
     }
@@ -97,7 +112,7 @@ impl Engine {
     }
 
     /// The end of a pass, for those that had something.
-    fn finish(&mut self, mut gone: impl FnMut(Served)) {
+    fn finish(&mut self, mut left: impl FnMut(Left)) {
         while let Some(index) = self.touched.pop() {
             let Some(place) = self.served.get_mut(index as usize) else {
                 continue;
@@ -119,9 +134,13 @@ impl Engine {
             }
             if served.unsettled {
                 let queues = served.active.len();
-                if served.settle(&self.core) {
+                let forget = served.settle(&self.core);
+                for (token, queues) in std::mem::take(&mut served.leaving) {
+                    left(Left::Queues(served, token, queues));
+                }
+                if forget {
                     if let Some(served) = place.take() {
-                        gone(served);
+                        left(Left::Controller(Box::new(served)));
                     }
                     self.look_again();
                 } else if served.active.len() != queues {
@@ -161,11 +180,8 @@ impl Engine {
     }
 
     /// No controller may take all slots while there are others.
-    pub fn share_out(&mut self, slots: usize) {
-        self.core.quota = match self.served.iter().flatten().count() {
-            0 | 1 => slots,
-            _ => slots / 2,
-        };
+    pub fn share_out(&mut self) {
+        self.core.shared = self.served.iter().flatten().count() > 1;
     }
 }
 

@@ -18,6 +18,10 @@
 //! | copy written, batch not recorded | a copy whose position is behind the recorded head | fetched up to there, this one is out |
 //! | completion of a copy posted, copy not struck out | copy and completion with the same identifiers | done |
 //!
+//! Queues move between pollers, each of which has a journal of its own. The poller that adopts a queue writes the number of the move
+//! and then how far the queue has come, before it fetches; the one that had it strikes its record out afterwards. Of two records
+//! of a queue the one with the higher number counts ([`Journal::newest`]).
+//!
 //! All stores are plain ones, in program order for every observer on this machine (Release), and go to lines that no other thread
 //! writes.
 
@@ -28,7 +32,7 @@ use crate::memory::SharedWords;
 
 use super::served::MAX_QUEUES;
 
-/// Words of a queue pair's record: a cache line.
+/// Words of a queue pair's record, a cache line: head, tail, and for each of them the number of the move that brought it here.
 const QUEUE_WORDS: usize = 8;
 
 /// Words of a copied command: two cache lines, the command and what it is.
@@ -122,14 +126,41 @@ impl Journal {
         self.store(COPIES + slot as usize * COPY_WORDS + 8, 0);
     }
 
+    /// A submission queue has come from another poller by the move of this number.
+    pub fn adopted_sq(&self, sqid: u16, head: u16, number: u64) {
+        self.store(usize::from(sqid) % MAX_QUEUES * QUEUE_WORDS + 2, number);
+        self.fetched(sqid, head);
+    }
+
+    /// A completion queue has come from another poller by the move of this number.
+    pub fn adopted_cq(&self, cqid: u16, tail: u16, phase: bool, number: u64) {
+        self.store(usize::from(cqid) % MAX_QUEUES * QUEUE_WORDS + 3, number);
+        self.posted(cqid, tail, phase);
+    }
+
     /// A queue has gone, or is not there yet.
     pub fn forget_sq(&self, sqid: u16) {
-        self.store(usize::from(sqid) % MAX_QUEUES * QUEUE_WORDS, 0);
+        let at = usize::from(sqid) % MAX_QUEUES * QUEUE_WORDS;
+        self.store(at, 0);
+        self.store(at + 2, 0);
     }
 
     /// As [`Self::forget_sq`].
     pub fn forget_cq(&self, cqid: u16) {
-        self.store(usize::from(cqid) % MAX_QUEUES * QUEUE_WORDS + 1, 0);
+        let at = usize::from(cqid) % MAX_QUEUES * QUEUE_WORDS;
+        self.store(at + 1, 0);
+        self.store(at + 3, 0);
+    }
+
+    /// The journal whose record of a queue pair's head (`false`) or tail (`true`) is the one that counts.
+    pub fn newest<'a>(
+        journals: impl IntoIterator<Item = &'a Self>,
+        qid: u16,
+        tail: bool,
+    ) -> Option<&'a Self> {
+        let at = usize::from(qid) % MAX_QUEUES * QUEUE_WORDS + usize::from(tail);
+        let known = journals.into_iter().filter(|j| j.load(at) & VALID != 0);
+        known.max_by_key(|j| j.load(at + 2))
     }
 
     /// The recorded head of a submission queue.
@@ -192,5 +223,28 @@ mod tests {
         journal.forget_sq(1);
         journal.forget_cq(1);
         assert_eq!((journal.head(1), journal.tail(1)), (None, None));
+    }
+
+    #[test]
+    fn of_two_records_of_a_moved_queue_the_later_one_counts() {
+        let [a, b] = [Journal::new(1).unwrap(), Journal::new(1).unwrap()];
+        let head = |a: &Journal, b: &Journal| Journal::newest([a, b], 1, false)?.head(1);
+        let tail = |a: &Journal, b: &Journal| Journal::newest([a, b], 1, true)?.tail(1);
+        assert_eq!((head(&a, &b), tail(&a, &b)), (None, None));
+        a.fetched(1, 5);
+        a.posted(1, 5, true);
+        for (number, [from, to]) in [(7, [&a, &b]), (8, [&b, &a])] {
+            to.adopted_cq(1, 5, true, number);
+            to.adopted_sq(1, 5, number);
+            to.fetched(1, 6);
+            to.posted(1, 6, true);
+            assert_eq!(head(&a, &b), Some(6), "before the other is struck out");
+            assert_eq!(tail(&a, &b), Some((6, true)));
+            from.forget_sq(1);
+            from.forget_cq(1);
+            assert_eq!((head(&a, &b), from.head(1)), (Some(6), None));
+            to.fetched(1, 5);
+            to.posted(1, 5, true);
+        }
     }
 }

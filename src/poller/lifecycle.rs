@@ -160,6 +160,7 @@ impl Served {
                 }
                 used
             }
+            Waiting::Release { token, cqid, .. } => self.settle_release(*token, *cqid),
             Waiting::Reset { token, detach } => {
                 let done = self.outstanding == 0;
                 if done {

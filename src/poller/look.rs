@@ -111,6 +111,16 @@ impl Looks {
         self.busy
     }
 
+    /// Let another one of the busy doorbells be looked at first.
+    #[cold]
+    pub fn rotate(&mut self) {
+        if let Some(busy) = self.all.get_mut(..self.busy)
+            && busy.len() > 1
+        {
+            busy.rotate_left(1);
+        }
+    }
+
     /// Look at every doorbell, for an empty pass that may be the last before a sleep.
     pub fn all_busy(&mut self) {
         self.busy = self.all.len();

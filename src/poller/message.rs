@@ -12,6 +12,7 @@ use nvme_spec::ring::RingSize;
 use rustix::fs::OFlags;
 
 use super::front::Side;
+use super::hand_over::HandOver;
 use super::interrupt::Coalescing;
 use super::stats::{NamespaceStats, QueueStats};
 use crate::io::Namespace;
@@ -167,7 +168,8 @@ pub enum DoorbellMode {
     Mapped,
 }
 
-/// To a poller. Each message with a `token` is answered by exactly one [`Reply`] with the same token.
+/// To a poller. Each message with a `token` is answered by exactly one [`Reply`] with the same token ([`Message::Release`]: or by
+/// the queues).
 pub enum Message {
     /// Serve this controller. A second one with the same key replaces nothing and is answered with an error.
     Attach {
@@ -240,6 +242,45 @@ pub enum Message {
         key: ControllerKey,
         /// Where they are.
         shadow: ShadowConfig,
+    },
+    /// Fetch no more for a completion queue; when nothing of its submission queues is out, hand all of them over
+    /// ([`ControlSink::released`] instead of a reply). `Ok(false)` = it cannot be done, or not soon: the queues go on here.
+    Release {
+        /// Goes back in the answer.
+        token: u64,
+        /// Which controller.
+        key: ControllerKey,
+        /// The completion queue.
+        cqid: u16,
+    },
+    /// Go on with a completion queue that was to be handed over, if it has not been; the release is answered with `Ok(false)`.
+    Keep {
+        /// Which controller.
+        key: ControllerKey,
+        /// The completion queue.
+        cqid: u16,
+    },
+    /// Go on with queues of another poller.
+    Adopt {
+        /// Goes back in the reply.
+        token: u64,
+        /// Which controller.
+        key: ControllerKey,
+        /// The number of this move: higher than of all before of this controller, and not 0.
+        number: u64,
+        /// The queues.
+        queues: Box<HandOver>,
+    },
+    /// Keep no record of these queues, unless they are here.
+    Forget {
+        /// Goes back in the reply.
+        token: u64,
+        /// Which controller.
+        key: ControllerKey,
+        /// The completion queue.
+        cqid: u16,
+        /// Its submission queues.
+        sqids: Vec<u16>,
     },
     /// The eventfd of a queue's kick has changed.
     SetKick {
@@ -336,6 +377,8 @@ pub enum PollerEvent {
 pub trait ControlSink: Send + Sync {
     /// An answer.
     fn reply(&self, poller: usize, reply: Reply);
+    /// Queues have been released: the answer to [`Message::Release`] with this token.
+    fn released(&self, poller: usize, token: u64, queues: Box<HandOver>);
     /// A report.
     fn event(&self, poller: usize, event: PollerEvent);
 }

@@ -8,6 +8,7 @@ mod cq;
 mod done;
 mod engine;
 mod front;
+mod hand_over;
 mod idle;
 mod interrupt;
 mod journal;
@@ -25,6 +26,7 @@ pub mod stats;
 #[cfg(feature = "testing")]
 pub mod testing;
 mod thread;
+mod topology;
 mod work;
 
 #[cfg(test)]
@@ -36,6 +38,7 @@ mod tests;
 #[cfg(test)]
 mod tests_journal;
 
+pub use hand_over::HandOver;
 pub use interrupt::Coalescing;
 pub use journal::{Copied, Journal};
 pub use message::{
@@ -45,6 +48,7 @@ pub use message::{
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 
 use mailbox::{Sending, mailbox};
@@ -84,6 +88,10 @@ pub struct PollerHandle {
     pub index: usize,
     /// Its counters.
     pub stats: Arc<PollerStats>,
+    /// The NUMA node of its core, if it has one and the kernel says so.
+    pub node: Option<u32>,
+    /// Queues that controllers have put on it.
+    queues: Arc<AtomicUsize>,
     mailbox: Sending,
 }
 
@@ -91,6 +99,17 @@ impl PollerHandle {
     /// Put a message into its mailbox and wake it. Never blocks. To a poller that has ended, nothing happens.
     pub fn send(&self, message: Message) {
         self.mailbox.send(message);
+    }
+
+    /// How many queues it has, of all controllers.
+    pub fn queues(&self) -> usize {
+        self.queues.load(Ordering::Relaxed)
+    }
+
+    /// A controller that had put `before` queues on it has put `now` there.
+    pub fn count_queues(&self, before: usize, now: usize) {
+        let more = now.wrapping_sub(before);
+        self.queues.fetch_add(more, Ordering::Relaxed);
     }
 }
 
@@ -131,6 +150,8 @@ impl PollerPool {
             pool.handles.push(PollerHandle {
                 index,
                 stats,
+                node: core.and_then(topology::node_of),
+                queues: Arc::default(),
                 mailbox: sending,
             });
             started

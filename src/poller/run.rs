@@ -17,6 +17,10 @@ const BURST: u32 = 32;
 /// The same where other queues are busy: a command that comes alone waits for a burst of each of the others.
 const SHARED_BURST: u32 = 8;
 
+/// Bytes moved for one queue, by stores that do it at once, before the next queue has its turn. It is looked at before a command is
+/// taken, and two are in hand: so it is exceeded by two transfers at most.
+pub(super) const BURST_BYTES: u32 = 256 << 10;
+
 /// What all controllers of a poller share.
 pub(super) struct Core {
     pub slots: Slots,
@@ -24,8 +28,8 @@ pub(super) struct Core {
     finished: Vec<Finished>,
     /// Ranges of the Dataset Management command at hand.
     ranges: Vec<Range>,
-    /// Commands one controller may have out at a time.
-    pub quota: usize,
+    /// There are several controllers: each leaves slots to the others.
+    pub shared: bool,
     /// Commands taken from one queue before the next has its turn.
     burst: u32,
     /// Fetch order of commands that have to wait.
@@ -38,10 +42,23 @@ impl Core {
             slots: Slots::new(slots),
             finished: Vec::with_capacity(slots),
             ranges: Vec::with_capacity(MAX_RANGES),
-            quota: slots,
+            shared: false,
             burst: BURST,
             sequence: 0,
         }
+    }
+
+    /// Slots for a controller that has `outstanding` commands out.
+    ///
+    /// Where there are others it may have as many out as it leaves free: of `n` busy ones each gets one part of `n + 1`, the
+    /// last part is there for whoever comes next, and one that is alone gets half. While any slot is free, who has none gets one.
+    #[inline]
+    pub fn share(&self, outstanding: usize) -> usize {
+        let free = self.slots.available();
+        if !self.shared {
+            return free;
+        }
+        free.saturating_sub(outstanding).div_ceil(2)
     }
 
     /// So many queues are busy.
@@ -65,7 +82,8 @@ impl Fetched {
         busy: false,
         more: false,
     };
-    const STALLED: Self = Self {
+    /// There are commands, and no slot or no room for a completion.
+    pub const STALLED: Self = Self {
         busy: false,
         more: true,
     };
@@ -196,8 +214,7 @@ impl Served {
         if cq.broken || cq.ring.is_none() {
             return Fetched::NOTHING;
         }
-        let share = core.quota.saturating_sub(self.outstanding);
-        let slots = u32::try_from(core.slots.available().min(share)).unwrap_or(u32::MAX);
+        let slots = u32::try_from(core.share(self.outstanding)).unwrap_or(u32::MAX);
         let wanted = waiting.min(core.burst).min(slots);
         let granted = match cq.reserve(wanted) {
             Ok(n) => n,
@@ -233,6 +250,7 @@ impl Served {
         let [now, next] = &mut [Prepared::default(), Prepared::default()];
         let (mut now, mut next) = (now, next);
         let mut left = granted;
+        let mut bytes = BURST_BYTES;
         macro_rules! work {
             () => {
                 Work {
@@ -248,7 +266,7 @@ impl Served {
         while there {
             cq.promise();
             left -= 1;
-            there = left > 0 && work!().prepare(&mut core.slots, sq, next);
+            there = left > 0 && bytes > 0 && work!().prepare(&mut core.slots, sq, next);
             let Some((slot, room)) = core.slots.with_segments(now.tag) else {
                 break;
             };
@@ -259,6 +277,7 @@ impl Served {
                     done::post(sq, cq, now.sqe.cid, now.head, refusal.status);
                     sq.stats.service.done(start);
                     done += 1;
+                    bytes = bytes.saturating_sub(now.bytes);
                     tally.count(namespace, now.sqe.opcode, blocks, refusal.status);
                     if let Some(failure) =
                         done::failure(qid, &now.sqe, refusal.status, refusal.parameter)
@@ -333,4 +352,46 @@ pub(super) fn bits(mut word: u64) -> impl Iterator<Item = u16> {
             at
         })
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Core;
+
+    /// Controllers that want all they can get, in turn, until nobody gets any more.
+    fn greedy(core: &mut Core, out: &mut [usize]) {
+        loop {
+            let mut more = false;
+            for out in &mut *out {
+                let n = core.share(*out);
+                for _ in 0..n {
+                    assert!(core.slots.take().is_some(), "more promised than there is");
+                }
+                *out += n;
+                more |= n > 0;
+            }
+            if !more {
+                return;
+            }
+        }
+    }
+
+    #[test]
+    fn slots_are_shared_and_some_are_left_for_the_next() {
+        let mut alone = Core::new(100);
+        let mut out = [0];
+        greedy(&mut alone, &mut out);
+        assert_eq!(out, [100]);
+        for (slots, n) in [(1024, 2), (1024, 8), (1024, 100), (64, 50)] {
+            let mut core = Core::new(slots);
+            core.shared = true;
+            let mut out = vec![0; n];
+            greedy(&mut core, &mut out[..n - 1]);
+            assert!(core.share(0) > 0, "the last one finds slots");
+            greedy(&mut core, &mut out);
+            let (least, most) = (out.iter().min().unwrap(), out.iter().max().unwrap());
+            assert!(*least >= slots / (n + 1) / 2 && *least > 0, "{out:?}");
+            assert!(*most <= slots / 2, "{out:?}");
+        }
+    }
 }

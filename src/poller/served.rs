@@ -11,6 +11,7 @@ use nvme_spec::ring::RingSize;
 use super::bell::{Bell, Shadow};
 use super::cq::Cq;
 use super::front::Front;
+use super::hand_over::HandOver;
 use super::idle::Awaited;
 use super::journal::Journal;
 use super::message::{
@@ -38,6 +39,8 @@ pub(super) enum Waiting {
     },
     /// All queues are forgotten when nothing is out.
     Reset { token: u64, detach: bool },
+    /// A completion queue is handed over, with its submission queues, when nothing of them is out.
+    Release { token: u64, cqid: u16, ticks: u32 },
 }
 
 /// One controller on one poller.
@@ -61,6 +64,8 @@ pub(super) struct Served {
     /// Commands that are out.
     pub outstanding: usize,
     pub waiting: Vec<Waiting>,
+    /// Queues that leave at the end of this pass. Empty between passes.
+    pub leaving: Vec<(u64, HandOver)>,
     /// A queue is being deleted, or something waits.
     pub unsettled: bool,
     /// Completion queues that have something the guest was not interrupted for: one bit each.
@@ -111,6 +116,7 @@ impl Served {
             shadow: None,
             outstanding: 0,
             waiting: Vec::new(),
+            leaving: Vec::new(),
             unsettled: false,
             posted: 0,
             touched: false,
@@ -163,7 +169,11 @@ impl Served {
         Ok(Bell::new(register, shadow, size))
     }
 
-    fn shadow_of(&self, config: ShadowConfig, doorbell: Doorbell) -> Result<Shadow, Status> {
+    pub(super) fn shadow_of(
+        &self,
+        config: ShadowConfig,
+        doorbell: Doorbell,
+    ) -> Result<Shadow, Status> {
         let offset = self.at.stride.shadow_offset(doorbell);
         let word = |page: u64| {
             page.checked_add(offset)

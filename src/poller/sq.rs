@@ -17,6 +17,8 @@ pub(super) const MAX_ABORTS_WAITING: usize = 8;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum State {
     Running,
+    /// To be handed over to another poller: nothing is fetched until that is done or given up.
+    Paused,
     /// The guest rang with a value its queue does not have; only deletion or reset helps.
     Stopped,
     /// Being deleted: the reply goes out when no command is out.
@@ -59,6 +61,23 @@ const _: () = assert!(
     "what a fetch touches lies on two cache lines"
 );
 
+/// What has become of a submission queue, without its memory.
+pub(super) struct SqState {
+    /// Its memory was not there.
+    gone: bool,
+    head: u16,
+    tail: u16,
+    stopped: bool,
+    aborts: Vec<u16>,
+}
+
+impl SqState {
+    /// Whether its memory was not there when it was on a poller last.
+    pub fn gone(&self) -> bool {
+        self.gone
+    }
+}
+
 /// A guest's tail doorbell holds a value that its queue does not have.
 pub(super) struct InvalidTail;
 
@@ -81,6 +100,55 @@ impl Sq {
             outstanding: 0,
             near: Near::default(),
             aborts: Vec::with_capacity(MAX_ABORTS_WAITING),
+        }
+    }
+
+    /// Leave this poller. Nothing is out.
+    pub fn pack(self) -> (super::SqConfig, SqState) {
+        let config = super::SqConfig {
+            qid: self.qid,
+            base: self.base,
+            size: self.size,
+            cqid: self.cqid,
+            kick: self.kick,
+            stats: self.stats,
+        };
+        let state = SqState {
+            gone: self.ring.is_none(),
+            head: self.head,
+            tail: self.tail,
+            stopped: self.state == State::Stopped,
+            aborts: self.aborts,
+        };
+        (config, state)
+    }
+
+    /// Go on with a queue of another poller.
+    pub fn unpack(
+        config: super::SqConfig,
+        state: SqState,
+        ring: Option<Ring<8>>,
+        bell: Bell,
+    ) -> Self {
+        Self {
+            qid: config.qid,
+            base: config.base,
+            size: config.size,
+            ring,
+            bell,
+            cqid: config.cqid,
+            state: if state.stopped {
+                State::Stopped
+            } else {
+                State::Running
+            },
+            kick: config.kick,
+            stats: config.stats,
+            head: state.head,
+            tail: state.tail,
+            outstanding: 0,
+            near: Near::default(),
+            aborts: state.aborts,
         }
     }
 

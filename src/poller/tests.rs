@@ -30,11 +30,15 @@ const DATA: u64 = 0x4_0000;
 struct Sink {
     replies: Sender<Reply>,
     events: Sender<PollerEvent>,
+    released: Sender<(u64, Box<HandOver>)>,
 }
 
 impl ControlSink for Sink {
     fn reply(&self, _: usize, reply: Reply) {
         let _ = self.replies.send(reply);
+    }
+    fn released(&self, _: usize, token: u64, queues: Box<HandOver>) {
+        let _ = self.released.send((token, queues));
     }
     fn event(&self, _: usize, event: PollerEvent) {
         let _ = self.events.send(event);
@@ -48,6 +52,7 @@ struct Guest {
     window: Arc<DoorbellWindow>,
     replies: Receiver<Reply>,
     events: Receiver<PollerEvent>,
+    released: Receiver<(u64, Box<HandOver>)>,
     size: RingSize,
     shadow: bool,
     /// Of the submission queue.
@@ -90,6 +95,7 @@ impl Guest {
         .unwrap();
         let (replies_tx, replies) = unbounded();
         let (events_tx, events) = unbounded();
+        let (released_tx, released) = unbounded();
         let map = test_memory(0x10_0000);
         let window = DoorbellWindow::new(4096).unwrap();
         let backend = Backend::memory(MemoryOptions {
@@ -113,6 +119,7 @@ impl Guest {
             window,
             replies,
             events,
+            released,
             size: RingSize::new(size).unwrap(),
             shadow,
             kick,
@@ -132,6 +139,7 @@ impl Guest {
             sink: Arc::new(Sink {
                 replies: replies_tx,
                 events: events_tx,
+                released: released_tx,
             }),
             namespaces: Arc::new([Namespace {
                 nsid: 1,
@@ -600,6 +608,53 @@ fn queues_whose_memory_goes_stop_until_it_is_back() {
     let map = Arc::clone(&g.map);
     assert_eq!(set(&mut g, map), Ok(true));
     assert_eq!(g.wait().cid, 2);
+}
+
+#[test]
+fn queues_go_on_where_another_poller_left_off() {
+    for shadow in [false, true] {
+        let mut g = Guest::new(16, IdlePolicy::Interrupt, shadow);
+        let read = |cid| io(NvmOpcode::READ, cid, 0, 1, DATA, 0);
+        let kept = g.ask(|token| Message::Release {
+            token,
+            key: KEY,
+            cqid: 2,
+        });
+        assert_eq!(kept, Ok(false), "there is none");
+        for number in 1..40 {
+            assert_eq!(g.run(read(1)), Status::SUCCESS);
+            g.token += 1;
+            let (token, key, cqid) = (g.token, KEY, 1);
+            g.pool.handles()[0].send(Message::Release { token, key, cqid });
+            let (answered, queues) = g.released.recv_timeout(Duration::from_secs(10)).unwrap();
+            assert_eq!(
+                (answered, queues.cqid(), queues.sqids()),
+                (token, 1, vec![1])
+            );
+            // Nobody looks now, and what is rung is not lost.
+            g.push(read(2));
+            g.ring_tail();
+            std::thread::sleep(Duration::from_micros(200));
+            assert!(g.take().is_none());
+            let sqids = vec![1];
+            let done = g.ask(|token| Message::Forget {
+                token,
+                key,
+                cqid,
+                sqids,
+            });
+            assert_eq!(done, Ok(true));
+            let done = g.ask(|token| Message::Adopt {
+                token,
+                key,
+                number,
+                queues,
+            });
+            assert_eq!(done, Ok(true));
+            assert_eq!(g.wait().cid, 2);
+            g.done();
+        }
+    }
 }
 
 #[test]

@@ -11,6 +11,7 @@ use nvme_spec::opcode::NvmOpcode;
 use nvme_spec::ring::{Phase, RingSize};
 
 use super::engine::Engine;
+use super::hand_over::HandOver;
 use super::journal::Journal;
 use super::message::{
     Attachment, ControlSink, ControllerKey, CqConfig, DoorbellMode, PollerEvent, Reply, SqConfig,
@@ -29,6 +30,7 @@ struct Silent;
 
 impl ControlSink for Silent {
     fn reply(&self, _: usize, _: Reply) {}
+    fn released(&self, _: usize, _: u64, _: Box<HandOver>) {}
     fn event(&self, _: usize, _: PollerEvent) {}
 }
 

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use nvme_spec::Status;
 
-use super::engine::Engine;
+use super::engine::{Engine, Left};
 use super::idle::{self, Sleeper, Word as _};
 use super::journal::Journal;
 use super::mailbox::Mailbox;
@@ -107,16 +107,23 @@ impl Thread {
     #[inline]
     pub fn pass(&mut self) -> bool {
         let (bed, mut gone) = (&mut self.bed, false);
-        let busy = self.engine.pass(|served| {
-            for channel in &served.channels {
-                if let Some(fd) = channel.wake_fd() {
-                    bed.remove(fd);
+        let busy = self.engine.pass(|left| match left {
+            Left::Controller(served) => {
+                for channel in &served.channels {
+                    if let Some(fd) = channel.wake_fd() {
+                        bed.remove(fd);
+                    }
                 }
+                gone = true;
             }
-            gone = true;
+            Left::Queues(served, token, queues) => {
+                queues.kicks().iter().for_each(|kick| bed.remove(kick));
+                let sink = &served.at.sink;
+                sink.released(served.poller, token, Box::new(queues));
+            }
         });
         if gone {
-            self.engine.share_out(self.config.slots);
+            self.engine.share_out();
         }
         busy
     }
@@ -149,6 +156,7 @@ impl Thread {
             return;
         }
         self.last_tick = now;
+        let mut kept = false;
         for served in self.engine.served.iter_mut().flatten() {
             let want = match self.config.idle {
                 IdlePolicy::Poll => served.has_unshadowed(),
@@ -165,6 +173,10 @@ impl Thread {
                 served.event(PollerEvent::Wants(DoorbellMode::Mapped));
             }
             served.tick();
+            kept |= served.lose_patience();
+        }
+        if kept {
+            self.engine.changed();
         }
     }
 
@@ -242,6 +254,43 @@ impl Thread {
                     served.abort(core, token, sqid, cid);
                 }
             }
+            Message::Release { token, key, cqid } => {
+                if let Some((served, ..)) = self.find(key) {
+                    served.release(token, cqid);
+                }
+            }
+            Message::Keep { key, cqid } => {
+                if let Some((served, ..)) = self.find(key) {
+                    served.keep(cqid);
+                }
+            }
+            Message::Adopt {
+                token,
+                key,
+                number,
+                queues,
+            } => {
+                if let Some((served, _, bed)) = self.find(key) {
+                    let kicks = queues.kicks();
+                    kicks.iter().for_each(|kick| add_kick(bed, Some(kick)));
+                    let result = served.adopt(number, *queues);
+                    if result.is_err() {
+                        kicks.iter().for_each(|kick| bed.remove(kick));
+                    }
+                    served.reply(token, result.map(|()| true));
+                }
+            }
+            Message::Forget {
+                token,
+                key,
+                cqid,
+                sqids,
+            } => {
+                if let Some((served, ..)) = self.find(key) {
+                    served.forget(cqid, &sqids);
+                    served.reply(token, Ok(true));
+                }
+            }
             Message::SetMemory { token, key, map } => {
                 if let Some((served, ..)) = self.find(key) {
                     served.begin_memory(token, map);
@@ -312,7 +361,7 @@ impl Thread {
                 if let Some(place) = self.engine.served.get_mut(place) {
                     *place = Some(served);
                 }
-                self.engine.share_out(self.config.slots);
+                self.engine.share_out();
                 reply(Ok(true));
             }
             Err(error) => {
@@ -340,12 +389,18 @@ impl Sleeper for Thread {
         let mut until = None;
         self.limit = None;
         for served in self.engine.served.iter_mut().flatten() {
+            // Also one whose last queue has gone: its old wish would keep doorbells mapped for ever.
+            if served.at.doorbells == DoorbellMode::Mapped
+                && served.wanted != Some(DoorbellMode::Trapped)
+            {
+                served.wanted = Some(DoorbellMode::Trapped);
+                served.event(PollerEvent::Wants(DoorbellMode::Trapped));
+            }
             if served.is_mapped() {
-                if served.wanted != Some(DoorbellMode::Trapped) {
-                    served.wanted = Some(DoorbellMode::Trapped);
-                    served.event(PollerEvent::Wants(DoorbellMode::Trapped));
-                }
                 self.limit = Some(NAP);
+            } else if served.is_releasing() {
+                // Not longer than we have patience for what is out.
+                self.limit = self.limit.or(Some(TICK));
             }
             // Nobody will look whether the guest is consuming anyway.
             until = until.into_iter().chain(served.signal(Duration::ZERO)).min();

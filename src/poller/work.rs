@@ -7,6 +7,7 @@
 
 use nvme_spec::{Sqe, Status};
 
+use super::run::BURST_BYTES;
 use super::slot::{Rest, Slot, Slots};
 use super::sq::Sq;
 use crate::backend::{AnyChannel, Channel as _, Operation, Request, Submitted};
@@ -33,6 +34,8 @@ pub(super) struct Prepared {
     pub head: u16,
     /// How many segments are in its slot.
     segments: u16,
+    /// Bytes it moves, or what counts as many because it takes as long.
+    pub bytes: u32,
     /// The one copy of what the guest asked for.
     pub sqe: Sqe,
     plan: Result<Plan, Refusal>,
@@ -44,9 +47,20 @@ impl Default for Prepared {
             tag: 0,
             head: 0,
             segments: 0,
+            bytes: 0,
             sqe: Sqe::default(),
             plan: Ok(Plan::Nothing),
         }
+    }
+}
+
+/// What a command without data counts for in its queue's turn: a store may take long over many blocks, but not as long as if it
+/// copied them.
+fn without_data(plan: &Result<Plan, Refusal>) -> u32 {
+    match plan {
+        Ok(Plan::Blocks { blocks, .. }) => blocks.saturating_mul(512),
+        Ok(Plan::Deallocate { .. } | Plan::FlushAll) => BURST_BYTES,
+        _ => 0,
     }
 }
 
@@ -86,8 +100,10 @@ impl Work<'_> {
             ..
         }) = out.plan
         else {
+            out.bytes = without_data(&out.plan);
             return true;
         };
+        out.bytes = bytes;
         let Some((_, room)) = slots.with_segments(tag) else {
             return true;
         };

@@ -27,7 +27,7 @@ struct Out {
 }
 
 /// A queue works on blocks of its own, many commands at a time that do not overlap; each block has a history of versions.
-fn work(io: &mut Io, base: u64, blocks: u64, seed: u64, time: Duration) -> u64 {
+pub(crate) fn work(io: &mut Io, base: u64, blocks: u64, seed: u64, time: Duration) -> u64 {
     let mut rng = Rng::new(seed);
     // Each write of a block gives it a version it never had; 0 is a block of zeroes.
     let mut versions = vec![0u64; blocks as usize];

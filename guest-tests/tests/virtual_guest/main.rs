@@ -2,11 +2,13 @@
 
 mod admin;
 mod basics;
+mod fairness;
 mod hostile;
 mod integrity;
 mod logs;
 mod memory;
 mod passthrough;
+mod placement;
 mod process;
 mod prps;
 mod reconnect;

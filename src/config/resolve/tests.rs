@@ -452,3 +452,26 @@ fn the_example_is_good_also_with_what_is_commented_out() {
     let zone = c.controllers[0].namespaces[1].danger_zone.as_ref();
     assert_eq!(zone.map(|z| z.fault.len()), Some(1));
 }
+
+#[test]
+fn placement_names_pollers_that_exist() {
+    use crate::controller::{Placement, Policy};
+    let placed = |daemon: &str, controller: &str| {
+        resolve_text(&with(daemon, controller, MEMORY)).map(|c| c.controllers[0].placement.clone())
+    };
+    assert_eq!(placed("", ""), Ok(Placement::default()));
+    let packed = placed("pollers = 3", "placement = \"packed\"\npollers = [2, 0]").unwrap();
+    assert_eq!(packed.policy, Policy::Packed);
+    assert!(packed.allows(2) && packed.allows(0) && !packed.allows(1));
+    let numa = placed("cores = [0]", "placement = \"numa\"").unwrap();
+    assert_eq!(numa.policy, Policy::Numa);
+    for (daemon, controller, why) in [
+        ("pollers = 2", "pollers = [2]", "there is no poller 2"),
+        ("pollers = 2", "pollers = []", "pollers is empty"),
+        ("pollers = 2", "placement = \"numa\"", "give [daemon] cores"),
+        ("", "placement = \"near\"", "unknown variant"),
+    ] {
+        let error = placed(daemon, controller).unwrap_err();
+        assert!(error.contains(why), "{error}");
+    }
+}

@@ -92,7 +92,7 @@ impl Actor {
         }
     }
 
-    fn execute(&mut self, sqe: &Sqe) {
+    pub(super) fn execute(&mut self, sqe: &Sqe) {
         match self.command(sqe) {
             Ok(Done::Now(dw0)) => self.complete(sqe.cid, dw0, Ok(())),
             Ok(Done::Later) => {}
@@ -158,6 +158,9 @@ impl Actor {
         }
         if sqe.psdt() != Psdt::PRP {
             return Err(Refusal::at(Status::INVALID_FIELD, Field::Flags, 6));
+        }
+        if self.wait_for_move(opcode, sqe) {
+            return Ok(Done::Later);
         }
         match opcode {
             AdminOpcode::IDENTIFY => self.identify(sqe),
@@ -317,6 +320,7 @@ impl Actor {
     fn end(&mut self, work: Work, result: Result<bool, Status>) {
         match work {
             Work::Drain => self.finish_drain(),
+            Work::Move(number) => self.go_on_moving(number, result),
             Work::Memory { .. } | Work::Nothing => {}
             Work::Attach(poller) => {
                 if let Err(status) = result {

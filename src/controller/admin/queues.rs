@@ -9,7 +9,6 @@ use nvme_spec::{Sqe, Status};
 use super::refusal::{Field, Refusal, invalid};
 use super::{Actor, Done};
 use crate::controller::pending::{AdminKind, Work};
-use crate::controller::placement;
 use crate::controller::queues::{Cq, Sq, State};
 use crate::poller::{Attachment, CqConfig, Message, SqConfig};
 
@@ -43,9 +42,9 @@ impl Actor {
                 }
             },
         };
-        let start = usize::try_from(self.key.0).unwrap_or(0);
-        let loads = self.queues.loads(self.ports.len());
-        let poller = placement::pick(&loads, start).ok_or(Status::INTERNAL_ERROR)?;
+        let poller = self
+            .choose_poller(command.prp1)
+            .ok_or(Status::INTERNAL_ERROR)?;
         self.introduce(poller);
         if let Some(slot) = self.queues.cq_slot(qid) {
             let state = State::Creating;
@@ -132,7 +131,7 @@ impl Actor {
     }
 
     /// Tell a poller of this controller, if it does not know it.
-    fn introduce(&mut self, poller: usize) {
+    pub(in crate::controller) fn introduce(&mut self, poller: usize) {
         match self.attached.get_mut(poller) {
             Some(attached @ false) => *attached = true,
             _ => return,

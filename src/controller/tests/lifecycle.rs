@@ -308,6 +308,7 @@ fn a_public_controller_needs_pollers_and_good_numbers() {
         doorbell_buffer: true,
         doorbell_stride: 0,
         pci_ids: [0; 4],
+        placement: Default::default(),
     };
     let pool = PollerPool::start(&[]).unwrap();
     let error = Controller::new(config(0), &pool).err().unwrap().to_string();

@@ -3,11 +3,12 @@
 mod commands;
 mod events;
 mod lifecycle;
+mod moving;
 mod random;
 mod switching;
 mod threads;
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use crossbeam_channel::{Receiver, TryRecvError};
@@ -20,6 +21,7 @@ use zerocopy::IntoBytes as _;
 use super::actor::{Actor, Parts, Port, Shared};
 use super::inbox::{Inbox, Mail};
 use super::info::{Info, tests::sample};
+use super::placement::Placement;
 use crate::backend::Backend;
 use crate::memory::{GuestMap, Region};
 use crate::poller::sleep::Bed;
@@ -46,6 +48,7 @@ fn memory(gpa: u64, len: usize) -> Arc<GuestMap> {
 struct Script {
     sent: Mutex<Vec<(usize, Message)>>,
     silent: AtomicBool,
+    queues: [AtomicUsize; 2],
     inbox: Arc<Inbox>,
 }
 
@@ -61,6 +64,19 @@ impl Port for ScriptPort {
         }
         self.1.sent.lock().unwrap().push((self.0, message));
     }
+
+    fn queues(&self) -> usize {
+        self.1.queues[self.0].load(Ordering::Relaxed)
+    }
+
+    fn count_queues(&self, before: usize, now: usize) {
+        let more = now.wrapping_sub(before);
+        self.1.queues[self.0].fetch_add(more, Ordering::Relaxed);
+    }
+
+    fn node(&self) -> Option<u32> {
+        Some(self.0 as u32)
+    }
 }
 
 fn token(message: &Message) -> Option<u64> {
@@ -73,6 +89,9 @@ fn token(message: &Message) -> Option<u64> {
         | Message::Abort { token, .. }
         | Message::SetMemory { token, .. }
         | Message::SetShadow { token, .. }
+        | Message::Release { token, .. }
+        | Message::Adopt { token, .. }
+        | Message::Forget { token, .. }
         | Message::Reset { token, .. }
         | Message::Detach { token, .. } => Some(*token),
         _ => None,
@@ -92,6 +111,10 @@ fn kind(message: &Message) -> String {
         Message::SetKick { qid, .. } => format!("SetKick {qid}"),
         Message::SetDoorbells { mode, .. } => format!("SetDoorbells {mode:?}"),
         Message::WatchAdmin { on, .. } => format!("WatchAdmin {on}"),
+        Message::Release { cqid, .. } => format!("Release {cqid}"),
+        Message::Keep { cqid, .. } => format!("Keep {cqid}"),
+        Message::Adopt { queues, .. } => format!("Adopt {} {:?}", queues.cqid(), queues.sqids()),
+        Message::Forget { cqid, sqids, .. } => format!("Forget {cqid} {sqids:?}"),
         Message::Reset { .. } => "Reset".into(),
         Message::Detach { .. } => "Detach".into(),
         Message::Stop => "Stop".into(),
@@ -123,6 +146,7 @@ impl Rig {
         let script = Arc::new(Script {
             sent: Mutex::default(),
             silent: AtomicBool::new(false),
+            queues: Default::default(),
             inbox: Arc::clone(&shared.inbox),
         });
         let ports = (0..2)
@@ -133,6 +157,7 @@ impl Rig {
             outbox,
             key: ControllerKey(0),
             ports,
+            placement: Placement::default(),
             namespaces: Arc::new([]),
             volatile,
             bed: Bed::new().unwrap(),

@@ -95,6 +95,7 @@ impl Guest {
             doorbell_buffer: true,
             doorbell_stride: 0,
             pci_ids: [1, 2, 3, 4],
+            placement: Default::default(),
         };
         Self {
             controller: Controller::new(config, pool).unwrap(),
