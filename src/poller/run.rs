@@ -317,7 +317,9 @@ impl Served {
         tally.settle();
         sq.outstanding += out;
         sq.stats.batches.add(1);
-        if let Some(size) = sq.stats.batch_sizes.get(granted.ilog2() as usize) {
+        // Not what was granted: large transfers end a turn early.
+        let size = (done + out).max(1).ilog2() as usize;
+        if let Some(size) = sq.stats.batch_sizes.get(size) {
             size.add(1);
         }
         sq.stats.fetched.add(u64::from(done + out));
