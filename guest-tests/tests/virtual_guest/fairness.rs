@@ -92,7 +92,8 @@ fn more_guests_than_slots_all_make_progress() {
 #[test]
 fn large_transfers_leave_turns_to_others() {
     let daemon = TestDaemon::one(Plan::of(Disk::memory(12, 4096)));
-    let mut io = Io::new(&mut daemon.guest(), queue(1, 64), 1);
+    let mut guest = daemon.guest();
+    let mut io = Io::new(&mut guest, queue(1, 64), 1);
     let stats = stats(&daemon, 0);
     let mut batches = |blocks: u32| {
         let before = stats.batches.get();

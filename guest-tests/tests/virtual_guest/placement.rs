@@ -158,7 +158,9 @@ fn moves_meet_deletions_resets_and_disconnections() {
         let mover = scope.spawn(|| {
             let mut rng = Rng::new(3);
             let mut moves = 0u32;
-            while !over.load(std::sync::atomic::Ordering::Relaxed) {
+            let begun = Instant::now();
+            // The limit is for a test that has failed: it must not hang.
+            while begun.elapsed() < 6 * LIMIT && !over.load(std::sync::atomic::Ordering::Relaxed) {
                 let (cqid, to) = (1 + rng.below(2) as u16, rng.below(3) as usize);
                 moves += u32::from(controller.move_queue(cqid, to, LIMIT).is_ok());
                 std::thread::sleep(Duration::from_micros(rng.below(300)));
@@ -187,7 +189,6 @@ fn moves_meet_deletions_resets_and_disconnections() {
                 }
                 a.pair.ring();
                 b.pair.ring();
-                // Shadow doorbells while commands are out and queues move; a second time is as good as the first.
                 if rng.one_in(2) {
                     collect(&mut a.pair, 20);
                 }
@@ -219,7 +220,8 @@ fn moves_meet_deletions_resets_and_disconnections() {
         }
         over.store(true, std::sync::atomic::Ordering::Relaxed);
         assert!(mover.join().unwrap() > 5);
-        let mut io = Io::new(&mut bring_up(front), queue(1, 32), 1);
+        let mut guest = bring_up(front);
+        let mut io = Io::new(&mut guest, queue(1, 32), 1);
         assert_eq!(io.write(5, &[7; 512]), Status::SUCCESS);
     });
 }
