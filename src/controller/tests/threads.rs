@@ -249,8 +249,10 @@ fn a_whole_life() {
         }
         assert!(guest.controller.detach(LIMIT));
         assert_eq!(guest.csts(), Csts::new());
-        let watched = Arc::strong_count(&guest.map);
-        assert_eq!(watched, 1, "nobody keeps the guest's memory");
+        // A poller answers, and then drops what it had.
+        until("letting go of the guest's memory", || {
+            Arc::strong_count(&guest.map) == 1
+        });
     }
     drop(guest);
 }
