@@ -57,6 +57,7 @@ pub(super) struct CqState {
     phase: Phase,
     broken: bool,
     interrupts: Interrupts,
+    pace: Option<Box<Pace>>,
 }
 
 impl CqState {
@@ -112,6 +113,7 @@ impl Cq {
             phase: self.phase,
             broken: self.broken,
             interrupts: self.interrupts,
+            pace: self.pace,
         };
         (config, state)
     }
@@ -137,6 +139,7 @@ impl Cq {
             head: state.head,
             owed: 0,
             interrupts: state.interrupts,
+            pace: state.pace,
             broken: state.broken,
         }
     }

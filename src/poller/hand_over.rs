@@ -17,6 +17,7 @@ use nvme_spec::ring::RingSize;
 
 use super::bell::Bell;
 use super::cq::{Cq, CqState};
+use super::front::Front;
 use super::message::{CqConfig, PollerEvent, SqConfig};
 use super::served::{Served, Waiting};
 use super::sq::{Sq, SqState, State};
@@ -186,7 +187,11 @@ impl Served {
             if (ring.is_none() || !whole) && !state.gone() {
                 gone.push(sq.qid);
             }
-            adopted.push(Sq::unpack(sq, state, ring, bell));
+            let mut sq = Sq::unpack(sq, state, ring, bell);
+            if sq.cqid == sq.qid {
+                sq.front = Front::of(&self.at.window, sq.qid);
+            }
+            adopted.push(sq);
         }
         // All of it is there: from here on nothing fails. The journal first, before anything is fetched.
         if let Some(journal) = &self.journal {

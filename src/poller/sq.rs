@@ -104,7 +104,7 @@ impl Sq {
     }
 
     /// Leave this poller. Nothing is out.
-    pub fn pack(self) -> (super::SqConfig, SqState) {
+    pub fn pack(mut self) -> (super::SqConfig, SqState) {
         let config = super::SqConfig {
             qid: self.qid,
             base: self.base,
@@ -113,6 +113,8 @@ impl Sq {
             kick: self.kick,
             stats: self.stats,
         };
+        // Until somebody serves it again, the front-end is to ring.
+        self.front.iter_mut().for_each(Front::asleep);
         let state = SqState {
             gone: self.ring.is_none(),
             head: self.head,
@@ -147,6 +149,7 @@ impl Sq {
             head: state.head,
             tail: state.tail,
             outstanding: 0,
+            front: None,
             near: Near::default(),
             aborts: state.aborts,
         }
