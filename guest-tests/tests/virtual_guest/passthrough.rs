@@ -84,18 +84,23 @@ fn what_the_guest_writes_is_on_the_ssd_and_the_other_way_round() {
     let mut other = ours[..CHUNK].to_vec();
     other[CHUNK - 1] ^= 1;
     assert_eq!(io.compare(0, &other), Status::COMPARE_FAILURE);
-    assert_eq!(io.blocks(NvmOpcode::VERIFY, 0, 4096), Status::SUCCESS);
-    assert_eq!(io.blocks(NvmOpcode::WRITE_ZEROES, 8, 4096), Status::SUCCESS);
-    assert_eq!(io.deallocate(&[(8, 100), (5000, 1)]), Status::SUCCESS);
-    let zeroes = vec![0; 4096 * io.block as usize];
-    let back = io.read(8, chunk_blocks.min(4096)).expect("zeroes");
-    assert!(back == zeroes[..back.len()]);
-    let again = &ours[8 * io.block as usize..][..zeroes.len().min(CHUNK)];
-    assert_eq!(io.write(8, again), Status::SUCCESS);
     assert_eq!(
-        io.write(5000, &ours[5000 * io.block as usize..][..io.block as usize]),
+        io.blocks(NvmOpcode::VERIFY, 0, chunk_blocks),
         Status::SUCCESS
     );
+    let last = blocks - 1;
+    assert_eq!(
+        io.blocks(NvmOpcode::WRITE_ZEROES, 8, chunk_blocks),
+        Status::SUCCESS
+    );
+    assert_eq!(io.deallocate(&[(8, 100), (last, 1)]), Status::SUCCESS);
+    let back = io.read(8, chunk_blocks).expect("zeroes");
+    assert!(back.iter().all(|b| *b == 0));
+    let block = io.block as usize;
+    let again = &ours[8 * block..][..CHUNK];
+    assert_eq!(io.write(8, again), Status::SUCCESS);
+    let again = &ours[total - block..];
+    assert_eq!(io.write(last, again), Status::SUCCESS);
     assert_eq!(io.flush(), Status::SUCCESS);
 
     // It is ours as long as the daemon runs, and everybody's afterwards.
