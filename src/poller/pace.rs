@@ -180,8 +180,10 @@ mod tests {
 
     #[test]
     fn nothing_is_held_for_long() {
-        let mut pace = Pace::default();
-        pace.goal = MOST;
+        let mut pace = Pace {
+            goal: MOST,
+            ..Pace::default()
+        };
         let begin = Instant::now();
         let mut now = begin;
         let mut fresh = 1;

@@ -159,6 +159,8 @@ impl Served {
             self.reply(token, Ok(aborted));
         }
         self.outstanding = self.outstanding.saturating_sub(1);
+        // What it had still to do is not for the next command in this slot.
+        slot.rest = Rest::Nothing;
         if slot.mute {
             core.slots.release(tag);
             if let Some(journal) = &self.journal {
@@ -185,6 +187,8 @@ impl Served {
                 let (tail, phase) = cq.place();
                 journal.posted(cqid, tail, phase);
             }
+        } else if let Some(journal) = &self.journal {
+            journal.strike(tag);
         }
         let mut tally = Tally::new(&self.at.stats);
         tally.count(namespace, sqe.opcode, blocks, status);

@@ -4,11 +4,13 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use nvme_spec::Sqe;
 use nvme_spec::doorbell::{Doorbell, DoorbellStride};
 use nvme_spec::nvm::ReadWrite;
+use nvme_spec::nvm::{DatasetManagement, DsmRange};
 use nvme_spec::opcode::NvmOpcode;
 use nvme_spec::ring::{Phase, RingSize};
+use nvme_spec::{Sqe, Status};
+use zerocopy::IntoBytes as _;
 
 use super::engine::Engine;
 use super::hand_over::HandOver;
@@ -18,7 +20,7 @@ use super::message::{
 };
 use super::served::Served;
 use super::stats::{NamespaceStats, QueueStats};
-use crate::backend::{Backend, Delay, NullOptions, Operations, Rule};
+use crate::backend::{Backend, Delay, Fault, NullOptions, Operations, Rule};
 use crate::driver::dma::{Dma, DmaPool, Mapping, shared_memory};
 use crate::io::Namespace;
 use crate::memory::{DoorbellWindow, Ring, SharedWord};
@@ -267,4 +269,54 @@ fn the_journal_holds_what_is_out_and_how_far_the_queues_are() {
 fn journal(bench: &Bench) -> &Journal {
     let served = bench.engine.served[0].as_ref().unwrap();
     served.journal.as_ref().unwrap()
+}
+
+#[test]
+fn what_a_failed_command_had_still_to_do_is_not_done_by_the_next_in_its_slot() {
+    let options = NullOptions {
+        block_shift: 12,
+        blocks: 1000,
+        read_only: false,
+    };
+    let (backend, faults) = Backend::null(options).unwrap().with_faults();
+    let (backend, delays) = backend.with_delays();
+    let fail = Fault::Fail(Status::WRITE_FAULT);
+    faults.add(Rule::once(Operations::DEALLOCATE, fail));
+    let wait = Delay(Duration::from_millis(1));
+    let deallocations = delays.add(Rule::always(Operations::DEALLOCATE, wait));
+    delays.add(Rule::always(Operations::READ, wait));
+    let mut bench = Bench::new(backend, 1, 16, 8192, true).unwrap();
+    let prp1 = bench.data().addr();
+    let ranges = [10, 20, 30].map(|slba| DsmRange {
+        cattr: 0,
+        nlb: 5,
+        slba,
+    });
+    bench.data().write(0, ranges.as_bytes());
+    let deallocate = DatasetManagement {
+        nsid: 1,
+        nr_z: 2,
+        ad: true,
+        ..DatasetManagement::default()
+    };
+    let mut run = |sqe| {
+        bench.submit(0, [sqe]);
+        loop {
+            bench.pass();
+            match bench.complete(0) {
+                (0, _) => std::thread::yield_now(),
+                (_, good) => return good,
+            }
+        }
+    };
+    assert!(!run(deallocate.to_sqe(prp1, 0)));
+    assert_eq!(delays.hits(deallocations), Some(1));
+    assert!(run(ReadWrite::new(1, 0, 0).to_sqe(
+        NvmOpcode::READ,
+        prp1,
+        0
+    )));
+    assert_eq!(delays.hits(deallocations), Some(1));
+    assert!(run(deallocate.to_sqe(prp1, 0)));
+    assert_eq!(delays.hits(deallocations), Some(4), "three ranges");
 }

@@ -35,6 +35,10 @@ const NAP: Duration = Duration::from_millis(1);
 /// seen at once.
 const MAPPED_QUIET: Duration = Duration::from_millis(10);
 
+/// How long it looks on, at least, while doorbells are mapped: they are because the guest was busy, and to have them trapped and mapped again for a
+/// guest that only lost its core for a moment costs two switches and [`TICK`] of exits in between.
+const MAPPED_LOOK: Duration = Duration::from_millis(2);
+
 pub(super) struct Thread {
     index: usize,
     config: PollerConfig,
@@ -141,10 +145,14 @@ impl Thread {
         match self.config.idle {
             IdlePolicy::Poll => !self.engine.served.iter().flatten().any(Served::has_queues),
             IdlePolicy::Adaptive => {
-                let others_want_mapped = self.engine.served.iter().flatten().any(|served| {
-                    served.is_mapped() && served.wanted == Some(DoorbellMode::Trapped)
+                let mapped = self.engine.served.iter().flatten();
+                let mapped = mapped.filter(|served| served.is_mapped());
+                let least = mapped.map(|served| match served.wanted {
+                    // Others want them so.
+                    Some(DoorbellMode::Trapped) => MAPPED_QUIET,
+                    _ => MAPPED_LOOK,
                 });
-                quiet >= self.patience.now() && (!others_want_mapped || quiet >= MAPPED_QUIET)
+                quiet >= least.max().unwrap_or_default().max(self.patience.now())
             }
             IdlePolicy::Interrupt => true,
         }
