@@ -102,6 +102,8 @@ struct Mapping {
     there: Bits,
     /// It was not, so there is no point in asking.
     hole: Bits,
+    /// How many there are.
+    pages: u64,
 }
 
 /// The I/O of a file that is memory.
@@ -121,6 +123,7 @@ impl Resident {
                     map,
                     there: Bits::new(pages),
                     hole: Bits::new(pages),
+                    pages,
                 })
             }
             Some(Err(cause)) => {
@@ -228,9 +231,12 @@ impl Mapping {
             }
             looks += 1;
             let at = page << PAGE_SHIFT;
+            // The kernel walks over all of a hole to find its end (in a file whose pages were allocated and never written, over every
+            // page): what it found out is kept, so that each hole is walked once, not once for each of its pages.
             match rustix::fs::seek(file, SeekFrom::Data(at)) {
                 Ok(data) if data < at + (1 << PAGE_SHIFT) => self.there.set(one),
-                _ => self.hole.set(one),
+                Ok(data) => self.hole.set(page..data >> PAGE_SHIFT),
+                Err(_) => self.hole.set(page..self.pages),
             }
         }
     }
@@ -278,6 +284,27 @@ mod tests {
     fn allocated(file: &File) -> u64 {
         use std::os::unix::fs::MetadataExt;
         file.metadata().unwrap().blocks() * 512
+    }
+
+    #[test]
+    fn a_hole_is_walked_once() {
+        let file = file(8 << 20);
+        let all = rustix::fs::FallocateFlags::empty();
+        rustix::fs::fallocate(&file, all, 0, 8 << 20).unwrap();
+        let r = Resident::new(&file, 8 << 20, true);
+        let m = r.mapping.as_ref().unwrap();
+        let mut data = vec![7; 4096];
+        let at = 1000 << 12;
+        assert_eq!(with(&mut data, |b| r.write(&file, b, at)).unwrap(), 4096);
+        let mut read = |page: u64| {
+            let recent = &mut Recent::default();
+            with(&mut data, |b| r.read(&file, b, page << 12, recent)).unwrap()
+        };
+        assert_eq!(read(5), 4096);
+        assert!(m.hole.all(5..1000) && !m.hole.all(4..5) && !m.hole.all(1000..1001));
+        assert!(m.there.all(1000..1001));
+        assert_eq!(read(1500), 4096);
+        assert!(m.hole.all(1500..2048) && !m.hole.all(1499..1500));
     }
 
     #[test]
