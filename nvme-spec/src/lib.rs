@@ -42,6 +42,7 @@ pub mod opcode;
 pub mod prp;
 pub mod regs;
 pub mod ring;
+pub mod sgl;
 pub mod status;
 
 pub use command::Cqe;

@@ -118,13 +118,20 @@ pub trait WriteList {
 }
 
 /// Joins neighbours that touch into one segment before they reach the sink.
-struct Merge<'a, S> {
+pub(crate) struct Merge<'a, S> {
     pending: Segment,
     sink: &'a mut S,
 }
 
-impl<S: FnMut(Segment) -> Result<(), Status>> Merge<'_, S> {
-    fn push(&mut self, addr: u64, len: u32) -> Result<(), Status> {
+impl<'a, S: FnMut(Segment) -> Result<(), Status>> Merge<'a, S> {
+    pub(crate) fn new(sink: &'a mut S) -> Self {
+        Self {
+            pending: Segment::default(),
+            sink,
+        }
+    }
+
+    pub(crate) fn push(&mut self, addr: u64, len: u32) -> Result<(), Status> {
         if addr.checked_add(u64::from(len)).is_none() {
             return Err(Status::DATA_TRANSFER_ERROR);
         }
@@ -146,7 +153,7 @@ impl<S: FnMut(Segment) -> Result<(), Status>> Merge<'_, S> {
         Ok(())
     }
 
-    fn flush(&mut self) -> Result<(), Status> {
+    pub(crate) fn flush(&mut self) -> Result<(), Status> {
         match self.pending.len {
             0 => Ok(()),
             _ => (self.sink)(self.pending),
@@ -182,10 +189,7 @@ pub fn walk<R: ReadList>(
     if prp1 & 3 != 0 {
         return Err(Status::INVALID_PRP_OFFSET);
     }
-    let mut merge = Merge {
-        pending: Segment::default(),
-        sink,
-    };
+    let mut merge = Merge::new(sink);
     let first = page.rest(prp1).min(len);
     merge.push(prp1, first)?;
     let left = len.saturating_sub(first);

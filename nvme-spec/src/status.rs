@@ -230,6 +230,13 @@ impl Status {
     }
 }
 
+impl From<Status> for StatusField {
+    /// The field of a status of which nothing more is known: with [`Status::default_dnr`].
+    fn from(status: Status) -> Self {
+        Self::from_status(status).with_dnr(status.default_dnr())
+    }
+}
+
 impl fmt::Display for Status {
     /// `LBA Out of Range (0x080)`, or `status 0x7c0` where there is no name.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -267,6 +274,11 @@ impl StatusField {
     /// clear. Chain [`Self::with_p`], [`Self::with_m`], [`Self::with_dnr`] onto it.
     pub const fn from_status(status: Status) -> Self {
         Self::new().with_sc(status.sc()).with_sct(status.sct())
+    }
+
+    /// Whether the command ended well.
+    pub const fn is_success(&self) -> bool {
+        self.status().is_success()
     }
 
     /// The 11-bit status, without phase, retry delay, More and Do Not Retry.

@@ -9,4 +9,5 @@ mod prp;
 mod prp_hostile;
 mod prp_model;
 mod ring;
+mod sgl;
 mod status;
