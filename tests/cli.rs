@@ -146,7 +146,7 @@ fn mistakes_are_told_in_a_line_and_nothing_is_made() {
         (vec!["--colour"], "unexpected argument '--colour' found"),
         (
             vec!["--socket-path", socket, ns, "memory,speed=9"],
-            "unknown key 'speed'; there are size, path, block-size",
+            "unknown key 'speed'; there are size, path, address, ssd-namespace",
         ),
         (
             vec!["--socket-path", socket, ns, "memory,size=1Q"],
@@ -174,6 +174,47 @@ fn mistakes_are_told_in_a_line_and_nothing_is_made() {
 }
 
 #[test]
+fn a_host_is_checked_line_by_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("s");
+    let socket = socket.to_str().unwrap();
+    let disk = ["--namespace", "memory,size=1M"];
+    let check = |args: &[&str], status: i32| {
+        let all: Vec<_> = std::iter::once("check")
+            .chain(args.iter().copied())
+            .collect();
+        let out = run(&all);
+        let said = text(&out.stdout) + &text(&out.stderr);
+        assert_eq!(out.status.code(), Some(status), "{args:?}: {said}");
+        said
+    };
+    let good = check(&["--socket-path", socket, disk[0], disk[1]], 0);
+    assert!(
+        good.contains("ok    s                namespace 1"),
+        "{good}"
+    );
+    assert!(good.ends_with("this host can serve it\n"), "{good}");
+    assert!(!dir.path().join("s").exists(), "nothing is made");
+
+    let bad = check(&["--socket-path", "/no/such/dir/s", disk[0], disk[1]], 1);
+    assert!(bad.contains("FAIL  s                the socket"), "{bad}");
+    assert!(bad.contains("1 of "), "{bad}");
+
+    let ssd = check(&["fffe:fe:1f.7"], 20);
+    assert!(ssd.contains("FAIL  fffe:fe:1f.7"), "{ssd}");
+    assert!(ssd.contains("mend: "), "{ssd}");
+    let given = check(
+        &["--socket-path", socket, "--namespace", "nvme:fffe:fe:1f.7"],
+        20,
+    );
+    assert!(given.contains("there is no PCI device"), "{given}");
+
+    check(&["0000:01:00"], 2);
+    check(&disk, 2);
+    check(&["--help"], 0);
+}
+
+#[test]
 fn a_file_is_checked_with_its_lines() {
     let dir = tempfile::tempdir().unwrap();
     let config = dir.path().join("c.toml");
@@ -194,9 +235,12 @@ fn a_file_is_checked_with_its_lines() {
     );
     std::fs::write(&config, good).unwrap();
     let out = run(&args);
-    assert_eq!(
-        text(&out.stdout),
-        "ok: controllers: 1, namespaces: 1, pollers: 1\n"
+    let said = text(&out.stdout);
+    assert!(
+        said.starts_with(
+            "ok: controllers: 1, namespaces: 1, pollers: 1\ncontroller 's': no state yet"
+        ),
+        "{said}"
     );
     assert!(out.status.success() && !socket.exists());
 }

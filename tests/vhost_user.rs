@@ -377,7 +377,7 @@ fn any_access_to_configuration_space_is_answered() {
     let s = setup();
     let mut c = Client::handshake(&s.one);
     let page = c.config(0xF00, 0x20);
-    assert_eq!(page[..8], [b'N', b'V', b'M', b'E', 1, 0, 0, 0]);
+    assert_eq!(page[..8], [b'N', b'V', b'M', b'E', 2, 0, 0, 0]);
     for size in [1, 2, 3, 4, 5, 7, 8, 16, 255, 4000] {
         for offset in [
             0, 1, 2, 3, 4, 7, 0x14, 0x1C, 0x24, 0x28, 0x100, 0xEFD, 0xEFF, 0xF00, 0xF1F, 0xF2F,
@@ -567,14 +567,15 @@ fn a_slow_channel_keeps_nothing_waiting() {
     assert_eq!(c.ask(code::GET_QUEUE_NUM, &[], &[]), Some(4));
     assert_eq!(c.ask(code::RESET_DEVICE, &[], &[]), Some(0));
     channel.acknowledge(code::SHMEM_MAP, 0);
-    let len = u64::from_ne_bytes(body[24..32].try_into().unwrap());
+    let word = |at: usize| u64::from_ne_bytes(body[at..at + 8].try_into().unwrap());
+    let (offset, len) = (word(8), word(24));
     let window = u32::from_le_bytes(c.config(0xF08, 4).try_into().unwrap());
     assert_eq!((body[0], len), (0, u64::from(window)));
     let file = std::fs::File::from(file.unwrap());
     // Behind the window, and never part of what is mapped, 128 bytes of side words for each of 64 vrings.
     let side = u32::from_le_bytes(c.config(0xF1C, 4).try_into().unwrap());
     assert_eq!(side, window);
-    let len = u64::from(side) + 64 * 128;
+    let len = offset + u64::from(side) + 64 * 128;
     assert_eq!(file.metadata().unwrap().len(), len);
 }
 
@@ -585,9 +586,10 @@ fn a_cut_memory_file_fails_its_controller_only() {
     let mut two = Client::handshake(&s.two);
     let mut c = Client::handshake(&s.one);
     let mut channel = Channel::open(&mut c);
-    let (_, _, window) = channel.request();
+    let (_, body, window) = channel.request();
     channel.acknowledge(code::SHMEM_MAP, 0);
     let window = std::fs::File::from(window.unwrap());
+    let offset = u64::from_ne_bytes(body[8..16].try_into().unwrap());
     let (mem, kick) = (common::memory(0x10000), common::eventfd());
     assert_eq!(
         c.ask(code::ADD_MEM_REG, &region(0, 0x10000, 0), &[mem.as_fd()]),
@@ -604,7 +606,7 @@ fn a_cut_memory_file_fails_its_controller_only() {
     c.set_config(0x14, &0x0046_0001_u32.to_le_bytes());
     common::eventually("CSTS.RDY", || (c.config(0x1C, 4)[0] & 1 == 1).then_some(()));
     mem.set_len(0).unwrap();
-    window.write_all_at(&1_u32.to_le_bytes(), 0).unwrap();
+    window.write_all_at(&1_u32.to_le_bytes(), offset).unwrap();
     rustix::io::write(&kick, &1_u64.to_ne_bytes()).unwrap();
     assert!(c.is_closed());
     s.ended(

@@ -129,6 +129,25 @@ impl Ram {
         }
     }
 
+    /// Copy bytes from byte `offset` on out; beyond the end, or unaligned, nothing happens.
+    #[inline]
+    pub fn copy_out(&self, offset: usize, to: &mut [u8]) {
+        if let Some(at) = self.at(offset, to.len()) {
+            // SAFETY: in bounds of a mapping that lives as long as we do; what has its own borrow is not in it. Where the device
+            // writes at the same time nobody reads what was copied.
+            unsafe { std::ptr::copy_nonoverlapping(at, to.as_mut_ptr(), to.len()) };
+        }
+    }
+
+    /// Copy bytes to byte `offset` and on; beyond the end, or unaligned, nothing happens.
+    #[inline]
+    pub fn copy_in(&self, offset: usize, from: &[u8]) {
+        if let Some(at) = self.at(offset, from.len()) {
+            // SAFETY: as in `copy_out`; no reference into the mapping exists.
+            unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), at, from.len()) };
+        }
+    }
+
     fn at(&self, offset: usize, bytes: usize) -> Option<*mut u8> {
         let end = offset.checked_add(bytes)?;
         (end <= self.bytes && offset.is_multiple_of(8)).then(|| self.base.wrapping_add(offset))

@@ -2,6 +2,7 @@
 //!
 //! A vhost-user front-end with raw queues in huge pages (see [`guest`]); [`queue`] is its hot loop, [`run`] one measurement.
 
+mod copy;
 mod fence;
 mod guest;
 mod pattern;
@@ -22,6 +23,7 @@ use serde_json::json;
 
 use guest::{Client, Work};
 use pattern::Operation;
+use vhost_user_nvme::transport::Transport;
 
 /// Why there is no result, in words.
 #[derive(Debug)]
@@ -192,7 +194,10 @@ fn load(load: &Load) -> Result<serde_json::Value, Failure> {
     let outcomes = run::load(&mut guests, warm_up, length)?;
     let rows = guests.iter().zip(&outcomes).enumerate().map(|(i, (g, o))| {
         let mut row = serde_json::to_value(o.figures).unwrap_or_default();
-        row["transport"] = json!("vhost-user");
+        row["transport"] = json!(match guest_tests::transport() {
+            Transport::VhostUser => "vhost-user",
+            Transport::VfioUser => "vfio-user",
+        });
         row["socket"] = json!(target.socket[i]);
         row["operation"] = json!(load.op.name());
         row["block_size"] = json!(load.block_size);

@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 
 use serde_json::{Value, json};
 
+use crate::pattern::Operation;
 use crate::table::{Measured, Subject, median};
 
 const DEPTHS: [u32; 3] = [1, 32, 128];
@@ -27,6 +28,7 @@ pub fn rows(results: &[(Subject, Vec<Measured>)]) -> Vec<Value> {
                 "p999_ns": whole(r.median(|f| f.p999_ns)),
                 "daemon": subject.label,
                 "rounds": r.runs.len(),
+                "copy_ns": whole(median(r.copies.clone())),
                 "spread": (r.spread() * 1000.0).round() / 1000.0,
                 "waited": (r.waited * 1000.0).round() / 1000.0,
                 "doorbells": r.doorbells,
@@ -75,6 +77,25 @@ fn table(out: &mut String, results: &[Measured], cell: impl Fn(&Measured) -> Str
     }
 }
 
+/// How long plain copies took beside the rows that are copies.
+fn copies(results: &[Measured]) -> String {
+    let of = |operation| {
+        let rows = results
+            .iter()
+            .filter(|r| r.row.is_copy() && r.row.operation == operation);
+        let all: Vec<f64> = rows.flat_map(|r| &r.copies).copied().collect();
+        (!all.is_empty()).then(|| format!("{:.0} ns", median(all)))
+    };
+    match (of(Operation::Randread), of(Operation::Randwrite)) {
+        (None, None) => String::new(),
+        (out, into) => format!(
+            " Median of those copies: {} out of 256 MiB (there 390 ns), {} into them (there 520 ns).",
+            out.as_deref().unwrap_or("-"),
+            into.as_deref().unwrap_or("-")
+        ),
+    }
+}
+
 fn micros(ns: f64) -> String {
     match ns {
         ns if ns < 9_995.0 => format!("{:.2}", ns / 1000.0),
@@ -91,15 +112,18 @@ pub fn markdown(head: &str, results: &[(Subject, Vec<Measured>)]) -> String {
         let _ = writeln!(
             out,
             "### {}\n\nMillions of commands per second, median of the rounds (spread: largest less smallest, over the median); in \
-             the second line the ratio to SPDK's figure, which is of another machine of that kind.\n",
-            subject.label
+             the second line the ratio to SPDK's figure, which is of another machine of that kind. Where a command is mostly a \
+             copy there is a third line: the ratio to what SPDK would reach if its copies took what a plain copy of 4 KiB took \
+             here right before each run, and the rest of its time were what it was there.{}\n",
+            subject.label,
+            copies(results)
         );
         table(&mut out, results, |r| {
             let iops = r.median(|f| f.iops);
-            let ratio = match r.row.spdk {
-                Some(spdk) => format!("<br>{:.2} x", iops / spdk),
-                None => String::new(),
+            let line = |ratio: Option<f64>, of: &str| {
+                ratio.map_or(String::new(), |n| format!("<br>{n:.2} x{of}"))
             };
+            let ratio = line(r.ratio(), "") + &line(r.ratio_here(), " (copies)");
             let mark = if r.waited > 0.02 { " (!)" } else { "" };
             format!(
                 "{:.2} M ({:.0} %){mark}{ratio}",

@@ -8,6 +8,7 @@ use hdrhistogram::Histogram;
 use serde_json::json;
 
 use crate::Failure;
+use crate::copy::{self, Copies};
 use crate::guest::{self, Client, Work};
 use crate::pattern::Operation;
 use crate::run::{Figures, load};
@@ -44,6 +45,11 @@ impl Row {
         } else {
             self.bytes.to_string()
         }
+    }
+
+    /// Whether nearly all of it is the copy of its data, wherever it is done.
+    pub fn is_copy(&self) -> bool {
+        self.namespace == "memory" && self.bytes == 4096 && self.depth > 1
     }
 
     /// All but the depth.
@@ -164,6 +170,8 @@ pub struct Measured {
     /// All rounds together, in ticks.
     pub times: Histogram<u64>,
     pub ns_per_tick: f64,
+    /// What a plain copy took right before each run, in nanoseconds.
+    pub copies: Vec<f64>,
     /// The largest share of a run that threads waited for their cores.
     pub waited: f64,
     pub doorbells: &'static str,
@@ -174,6 +182,21 @@ impl Measured {
     /// Median over the rounds.
     pub fn median(&self, of: impl Fn(&Figures) -> f64) -> f64 {
         median(self.runs.iter().map(of).collect())
+    }
+
+    /// IOPS over those of SPDK, where there is a figure.
+    pub fn ratio(&self) -> Option<f64> {
+        Some(self.median(|f| f.iops) / self.row.spdk?)
+    }
+
+    /// The same with a SPDK whose copies take what ours take on this machine at this time: median of the rounds.
+    pub fn ratio_here(&self) -> Option<f64> {
+        let spdk = self.row.spdk.filter(|_| self.row.is_copy())?;
+        let there = |ns| copy::here(spdk, self.row.operation, ns);
+        let rounds = self.runs.iter().zip(&self.copies);
+        Some(median(
+            rounds.map(|(run, ns)| run.iops / there(*ns)).collect(),
+        ))
     }
 
     /// Largest less smallest IOPS of the rounds, over their median.
@@ -220,6 +243,7 @@ pub fn run(plan: &Plan) -> Result<serde_json::Value, Failure> {
             }
         }
     }
+    let mut copies = Copies::new()?;
     // By subject, then by row.
     let mut results: Vec<Vec<Option<Measured>>> = plan
         .daemon
@@ -229,7 +253,7 @@ pub fn run(plan: &Plan) -> Result<serde_json::Value, Failure> {
     for round in 0..plan.rounds {
         for (at, row) in wanted.iter().enumerate() {
             for (subject, results) in plan.daemon.iter().zip(&mut results) {
-                measure(plan, subject, row, round, &mut results[at])?;
+                measure(plan, subject, row, round, &mut copies, &mut results[at])?;
             }
             eprintln!("    round {} of {}: {}", round + 1, plan.rounds, row.name());
         }
@@ -269,6 +293,7 @@ fn measure(
     subject: &Subject,
     row: &Row,
     round: u32,
+    copies: &mut Copies,
     result: &mut Option<Measured>,
 ) -> Result<(), Failure> {
     let work = Work {
@@ -288,6 +313,7 @@ fn measure(
     let mut best = None;
     for attempt in 0..TRIES {
         let seed = u64::from(round * TRIES + attempt) + 1;
+        let copy = copies.ns(row.operation);
         let mut guests = [Client::connect(&socket, &work, seed)?];
         let before = sched::waited_ns(subject.pid);
         let outcome = load(&mut guests, warm_up, length)?.remove(0);
@@ -297,14 +323,14 @@ fn measure(
             if outcome.mapped { "mapped" } else { "trapped" },
             guests[0].pages(),
         );
-        if best.as_ref().is_none_or(|&(_, _, least)| waited < least) {
-            best = Some((outcome, face, waited));
+        if best.as_ref().is_none_or(|&(_, _, _, least)| waited < least) {
+            best = Some((outcome, face, copy, waited));
         }
         if waited < DISTURBED {
             break;
         }
     }
-    let Some((outcome, (doorbells, pages), waited)) = best else {
+    let Some((outcome, (doorbells, pages), copy, waited)) = best else {
         return Ok(());
     };
     let result = result.get_or_insert_with(|| Measured {
@@ -312,11 +338,13 @@ fn measure(
         runs: Vec::new(),
         times: Histogram::new_from(&outcome.times),
         ns_per_tick: outcome.ns_per_tick,
+        copies: Vec::new(),
         waited: 0.0,
         doorbells,
         pages,
     });
     result.runs.push(outcome.figures);
+    result.copies.push(copy);
     result
         .times
         .add(&outcome.times)

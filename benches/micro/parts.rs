@@ -25,12 +25,7 @@ fn namespace() -> Namespace {
         read_only: false,
     });
     let backend = Arc::new(backend.expect("a null backend"));
-    Namespace {
-        nsid: 1,
-        geometry: backend.geometry(),
-        backend,
-        read_only: false,
-    }
+    Namespace::new(1, backend, false)
 }
 
 /// The check of reads of 4 KiB at places of all sorts.
@@ -39,6 +34,7 @@ pub fn checks(c: &mut Criterion<Ticks>) {
     let limits = Limits {
         max_transfer: 1 << 20,
         max_namespaces: 1,
+        sgls: true,
     };
     let sqes: Vec<Sqe> = (0..BATCH)
         .map(|i| ReadWrite::new(1, i * 7919 * 8, 7).to_sqe(NvmOpcode::READ, 4096 * i, 0))

@@ -13,6 +13,8 @@ pub fn commands(c: &mut Criterion<Ticks>) {
         ("null-512", Kind::Null, 512),
         ("memory-512", Kind::Memory, 512),
         ("memory-4K", Kind::Memory, 4096),
+        ("forward-4K", Kind::Forward, 4096),
+        ("forward-shared-4K", Kind::ForwardShared, 4096),
     ] {
         for batch in [1, 32] {
             for journal in [true, false] {

@@ -1,5 +1,6 @@
 //! A poller in this thread, and queue pairs full of reads for it.
 
+use std::any::Any;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -7,16 +8,20 @@ use nvme_spec::doorbell::{Doorbell, DoorbellStride};
 use nvme_spec::nvm::ReadWrite;
 use nvme_spec::opcode::NvmOpcode;
 use nvme_spec::ring::RingSize;
-use vhost_user_nvme::backend::{Backend, HugePages, MemoryOptions, NullOptions};
+use vhost_user_nvme::backend::nvme::Window;
+use vhost_user_nvme::backend::{Backend, HugePages, MemoryOptions, NullOptions, NvmeOptions};
 use vhost_user_nvme::driver::dma::{Mapping, shared_memory};
+use vhost_user_nvme::driver::{Ssd, SsdOptions};
 use vhost_user_nvme::io::Namespace;
 use vhost_user_nvme::memory::{DoorbellWindow, GuestMap, Ring};
 use vhost_user_nvme::poller::stats::{NamespaceStats, QueueStats};
 use vhost_user_nvme::poller::testing::Passes;
 use vhost_user_nvme::poller::{
-    Attachment, ControlSink, ControllerKey, CqConfig, DoorbellMode, HandOver, Message, PollerEvent,
-    Reply, SqConfig,
+    Attachment, ControlSink, ControllerKey, CqConfig, DoorbellMode, HandOver, Journal, Message,
+    PollerEvent, Reply, SqConfig,
 };
+use vhost_user_nvme::state::{Shape, StateFile};
+use vhost_user_nvme::testing::Model;
 
 /// Entries of each queue.
 const ENTRIES: u32 = 256;
@@ -36,6 +41,20 @@ pub enum Kind {
     Null,
     /// Memory.
     Memory,
+    /// An SSD that completes at once, with the guest's own PRPs.
+    Forward,
+    /// The same, shared: PRPs are checked and built anew.
+    ForwardShared,
+}
+
+impl Kind {
+    /// Passes until a command that was rung for is completed.
+    fn passes(self) -> u32 {
+        match self {
+            Self::Null | Self::Memory => 1,
+            Self::Forward | Self::ForwardShared => 2,
+        }
+    }
 }
 
 struct Sink;
@@ -58,6 +77,8 @@ pub struct Rig {
     cq: Ring<2>,
     size: RingSize,
     tail: u16,
+    /// Passes of a batch.
+    rounds: u32,
 }
 
 impl Rig {
@@ -82,6 +103,7 @@ impl Rig {
             cq: Ring::new(&map, cq_at(1), ENTRIES).expect("memory of a queue"),
             size: RingSize::new(ENTRIES).expect("a size"),
             tail: 0,
+            rounds: kind.passes(),
         }
     }
 
@@ -103,7 +125,9 @@ impl Rig {
         let tail = u32::from(self.tail);
         self.register(Doorbell::Sq(1))
             .store(tail, Ordering::Release);
-        self.passes.pass();
+        for _ in 0..self.rounds {
+            self.passes.pass();
+        }
         self.register(Doorbell::Cq(1))
             .store(tail, Ordering::Release);
     }
@@ -122,6 +146,22 @@ impl Rig {
         assert_eq!(high as u16, self.tail, "SQHD of the last completion");
         assert_eq!(high >> 49, 0, "its status");
     }
+}
+
+/// An SSD that completes at once, and a guest's place there.
+fn ssd_window(kind: Kind) -> (Arc<Ssd>, Arc<Window>) {
+    let model = Model::instant();
+    let options = SsdOptions {
+        interrupts: false,
+        ..SsdOptions::default()
+    };
+    let ssd = Ssd::start("instant".into(), model.device(), model.space(), options);
+    let ssd = ssd.expect("an SSD");
+    let window = match kind {
+        Kind::ForwardShared => Window::shared(ssd.space(), "instant", 2).map(|mut w| w.remove(1)),
+        _ => Window::sole(ssd.space(), "instant"),
+    };
+    (ssd, window.expect("a window"))
 }
 
 fn sq_at(qid: u16) -> u64 {
@@ -144,10 +184,23 @@ fn controller(
     let memory = sq_at(queues + 1);
     let file = shared_memory("micro", memory).expect("memory");
     let region = Mapping::map(&file, 0, memory as usize, 0).expect("memory");
-    let map = GuestMap::new(vec![region]).expect("a region");
     let stride = DoorbellStride::new(STRIDE);
     let window = DoorbellWindow::new(stride.window_len(QUEUES) as usize).expect("a window");
+    let mut guards: Vec<Arc<dyn Any + Send + Sync>> = Vec::new();
     let backend = match kind {
+        Kind::Forward | Kind::ForwardShared => {
+            let window = ssd_window(kind);
+            guards.push(Arc::new(window.1.show(&region).expect("a window")));
+            Backend::nvme(&NvmeOptions {
+                ssd: window.0,
+                window: window.1,
+                nsid: 1,
+                offset: 0,
+                size: None,
+                read_only: false,
+                pass: Default::default(),
+            })
+        }
         Kind::Null => Backend::null(NullOptions {
             block_shift: 9,
             blocks: DATA / 512,
@@ -160,23 +213,28 @@ fn controller(
             huge_pages: HugePages::Never,
         }),
     };
+    let map = GuestMap::keeping(vec![region], guards).expect("a region");
     let backend = Arc::new(backend.expect("a backend"));
     let attachment = Box::new(Attachment {
         key,
         sink: Arc::new(Sink),
-        namespaces: Arc::new([Namespace {
-            nsid: 1,
-            geometry: backend.geometry(),
-            backend,
-            read_only: false,
-        }]),
+        namespaces: Arc::new([Namespace::new(1, backend, false)]),
         stats: Arc::new([NamespaceStats::default()]),
         map: Arc::clone(&map),
         window: Arc::clone(&window),
         stride,
         max_transfer: 1 << 20,
         max_namespaces: 1,
+        sgls: true,
         doorbells: DoorbellMode::Mapped,
+        journal: Some(Journal::new(
+            StateFile::anonymous(Shape {
+                pollers: 1,
+                slots: 1024,
+            })
+            .expect("a state file"),
+            0,
+        )),
     });
     passes.send(Message::Attach {
         token: 1,
@@ -186,6 +244,7 @@ fn controller(
     for qid in 1..=queues {
         let cq = CqConfig {
             qid,
+            number: u32::from(qid) * 2,
             base: cq_at(qid),
             size,
             vector: None,
@@ -195,6 +254,7 @@ fn controller(
         passes.send(Message::CreateCq { token: 2, key, cq });
         let sq = SqConfig {
             qid,
+            number: u32::from(qid) * 2 + 1,
             base: sq_at(qid),
             size,
             cqid: qid,

@@ -10,9 +10,10 @@ use std::collections::BinaryHeap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use nvme_spec::Status;
+use nvme_spec::{Sqe, Status};
 use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec};
 
+use super::guest::HeldGuest;
 use super::rules::Rules;
 use super::{
     AnyChannel, Backend, Cancelled, Channel, Finished, OpenError, Operation, Request, Submitted,
@@ -69,6 +70,7 @@ struct Waiting {
     slba: u64,
     blocks: u32,
     memory: Held,
+    guest: Option<HeldGuest>,
 }
 
 /// The data side of a [`DelayBackend`].
@@ -127,9 +129,11 @@ impl DelayChannel {
                 slba: w.slba,
                 blocks: w.blocks,
                 data: w.memory.buffers(),
+                guest: w.guest.as_ref().map(HeldGuest::data),
             };
             // SAFETY: the memory and its list stay by the contract of our own `submit` until this request is finished.
             if let Submitted::Done(status) = unsafe { self.inner.submit(tag, &request) } {
+                let status = status.into();
                 out.push(Finished { tag, status });
             }
         }
@@ -161,10 +165,16 @@ impl Channel for DelayChannel {
             blocks: request.blocks,
             // SAFETY: our own contract; used once, in `pass_on`, before the request is finished.
             memory: unsafe { Held::new(&request.data) },
+            guest: request.guest.as_ref().map(HeldGuest::of),
         });
         self.due.push(Reverse((until, tag)));
         self.set_timer();
         Submitted::Pending
+    }
+
+    unsafe fn pass(&mut self, tag: Tag, sqe: &Sqe) -> Submitted {
+        // SAFETY: our own contract.
+        unsafe { self.inner.pass(tag, sqe) }
     }
 
     fn flush(&mut self) {
@@ -176,6 +186,10 @@ impl Channel for DelayChannel {
             self.pass_on(out);
         }
         self.inner.poll(out);
+    }
+
+    fn unsent(&self) -> bool {
+        self.inner.unsent()
     }
 
     fn cancel(&mut self, tag: Tag) -> Cancelled {
@@ -201,5 +215,13 @@ impl Channel for DelayChannel {
             Some(both) => both.as_fd(),
             None => self.timer.as_fd(),
         })
+    }
+
+    fn wakes_by_edges(&self) -> bool {
+        self.inner.wakes_by_edges()
+    }
+
+    fn tend(&mut self) {
+        self.inner.tend();
     }
 }

@@ -7,7 +7,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use nvme_spec::Status;
+use nvme_spec::{Sqe, Status};
 
 use super::rules::Rules;
 use super::{
@@ -21,7 +21,7 @@ use crate::memory::{Buffers, HostSeg};
 pub enum Fault {
     /// It fails at once with this status; the store is not touched.
     Fail(Status),
-    /// Only so many of its blocks, from the first on, reach the store; it ends as a real short transfer does: Unrecovered
+    /// Only so many of its blocks, from the first on (none, where requests are forwarded), reach the store; it ends as a real short transfer does: Unrecovered
     /// Read Error, or Write Fault.
     Shorten(u32),
     /// It never completes. It can be cancelled.
@@ -90,7 +90,8 @@ impl FaultChannel {
         let Some(state) = self.tags.get_mut(tag as usize) else {
             return Submitted::Done(Status::INTERNAL_ERROR);
         };
-        // All of it would be no fault.
+        // All of it would be no fault; and PRPs of a part are not those of the whole.
+        let blocks = if request.guest.is_some() { 0 } else { blocks };
         let blocks = blocks.min(request.blocks.saturating_sub(1));
         if blocks == 0 {
             return Submitted::Done(status);
@@ -142,6 +143,11 @@ impl Channel for FaultChannel {
         }
     }
 
+    unsafe fn pass(&mut self, tag: Tag, sqe: &Sqe) -> Submitted {
+        // SAFETY: our own contract.
+        unsafe { self.inner.pass(tag, sqe) }
+    }
+
     fn flush(&mut self) {
         self.inner.flush();
     }
@@ -155,9 +161,13 @@ impl Channel for FaultChannel {
             if let Some(status) = short
                 && finished.status.is_success()
             {
-                finished.status = status;
+                finished.status = status.into();
             }
         }
+    }
+
+    fn unsent(&self) -> bool {
+        self.inner.unsent()
     }
 
     fn cancel(&mut self, tag: Tag) -> Cancelled {
@@ -184,5 +194,13 @@ impl Channel for FaultChannel {
 
     fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
         Some(self.inner.wake_fd().unwrap_or(self.never.as_fd()))
+    }
+
+    fn wakes_by_edges(&self) -> bool {
+        self.inner.wakes_by_edges()
+    }
+
+    fn tend(&mut self) {
+        self.inner.tend();
     }
 }

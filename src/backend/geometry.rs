@@ -124,8 +124,7 @@ impl Geometry {
             return Err(Status::LBA_OUT_OF_RANGE);
         };
         let extent = request.slba << self.block_shift..end << self.block_shift;
-        if request.operation.moves_data() && request.data.len() as u64 != extent.end - extent.start
-        {
+        if request.operation.moves_data() && request.memory_bytes() != extent.end - extent.start {
             return Err(Status::DATA_TRANSFER_ERROR);
         }
         Ok(extent)
@@ -185,6 +184,7 @@ mod tests {
             slba,
             blocks,
             data: Buffers::NONE,
+            guest: None,
         };
         let verify = |slba, blocks| request(Operation::Verify, slba, blocks);
         assert_eq!(g.extent(&verify(7, 1)), Ok(3584..4096));

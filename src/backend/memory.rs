@@ -14,6 +14,7 @@ use super::{
     Cancelled, Channel, Finished, Geometry, OpenError, Operation, Request, Submitted, Tag, wake,
 };
 use crate::memory::{HostSeg, Recent, Store};
+use crate::state::random_id;
 
 /// Zeroing more than this at once would hold up the other queues of a poller: it is done in steps of this many bytes.
 const ZERO_STEP: u64 = 2 << 20;
@@ -46,13 +47,14 @@ pub struct MemoryOptions {
     pub huge_pages: HugePages,
 }
 
-/// A store in memory, gone with the process.
+/// A store in memory: gone with the process, or in a file that outlives it.
 ///
 /// On normal pages, Write Zeroes and Deallocate give memory back. Huge pages are reserved when the store is made and stay:
 /// a huge page that was given back and is missing later would be a fault, not an error.
 pub struct MemoryBackend {
     pub(super) geometry: Geometry,
     store: Arc<Store>,
+    id: String,
 }
 
 impl MemoryBackend {
@@ -64,7 +66,30 @@ impl MemoryBackend {
     pub fn new(options: MemoryOptions) -> Result<Self, OpenError> {
         let bytes = bytes_of(options.blocks, options.block_shift)?;
         let store = open_store(bytes, options.huge_pages)?;
+        let id = random_id().map_err(|e| {
+            OpenError::io("cannot get a random number", "is there /dev/urandom?", e)
+        })?;
+        Self::over(options, store, id)
+    }
+
+    /// Make one of a store that is there already and is known by `id`.
+    ///
+    /// # Errors
+    ///
+    /// A size or block size that cannot be, or that is not the store's.
+    pub fn over(options: MemoryOptions, store: Store, id: String) -> Result<Self, OpenError> {
+        if bytes_of(options.blocks, options.block_shift)? != store.len() {
+            return Err(OpenError::new(
+                format!(
+                    "a store of {} bytes for {} blocks",
+                    store.len(),
+                    options.blocks
+                ),
+                "this is a mistake of the program; please report it",
+            ));
+        }
         Ok(Self {
+            id,
             geometry: Geometry {
                 block_shift: options.block_shift,
                 blocks: options.blocks,
@@ -86,6 +111,10 @@ impl MemoryBackend {
             jobs: VecDeque::with_capacity(depth as usize),
             wake: wake::event_fd()?,
         })
+    }
+
+    pub(super) fn store_id(&self) -> String {
+        format!("memory {}", self.id)
     }
 
     pub(super) fn allocated_blocks(&self) -> u64 {
@@ -154,9 +183,8 @@ pub struct MemoryChannel {
 impl MemoryChannel {
     fn zero(&mut self, tag: Tag, extent: Extent) -> Submitted {
         if extent.end - extent.start <= ZERO_STEP {
-            return Submitted::Done(done(
-                self.store.zero(extent.start, extent.end - extent.start),
-            ));
+            let ok = self.store.zero(extent.start, extent.end - extent.start);
+            return Submitted::Done(done(&self.store, ok));
         }
         if self.jobs.is_empty() {
             wake::signal(&self.wake);
@@ -182,7 +210,7 @@ impl MemoryChannel {
         self.rest_if_idle();
         Some(Finished {
             tag,
-            status: done(ok),
+            status: done(&self.store, ok).into(),
         })
     }
 
@@ -193,10 +221,16 @@ impl MemoryChannel {
     }
 }
 
-/// The store refuses only what is out of bounds.
-fn done(ok: bool) -> Status {
-    if ok {
-        Status::SUCCESS
+/// What a store that says yes or no means: requests are inside it, so that it refuses only if it is broken, or not at all.
+#[inline]
+fn done(store: &Store, ok: bool) -> Status {
+    if ok { Status::SUCCESS } else { refused(store) }
+}
+
+#[cold]
+fn refused(store: &Store) -> Status {
+    if store.is_broken() {
+        Status::INTERNAL_ERROR
     } else {
         Status::LBA_OUT_OF_RANGE
     }
@@ -210,16 +244,20 @@ impl Channel for MemoryChannel {
             Err(status) => return Submitted::Done(status),
         };
         Submitted::Done(match request.operation {
-            Operation::Read => done(self.store.read_into(
-                &request.data,
-                extent.start,
-                &mut self.recent,
-            )),
-            Operation::Write { .. } => done(self.store.write_from(&request.data, extent.start)),
+            Operation::Read => {
+                let ok = self
+                    .store
+                    .read_into(&request.data, extent.start, &mut self.recent);
+                done(&self.store, ok)
+            }
+            Operation::Write { .. } => {
+                let ok = self.store.write_from(&request.data, extent.start);
+                done(&self.store, ok)
+            }
             Operation::Compare => match self.store.compare(&request.data, extent.start) {
                 Some(true) => Status::SUCCESS,
                 Some(false) => Status::COMPARE_FAILURE,
-                None => Status::LBA_OUT_OF_RANGE,
+                None => refused(&self.store),
             },
             // Memory has no media errors to find, and no cache to lose.
             Operation::Verify | Operation::Flush => Status::SUCCESS,
@@ -308,6 +346,7 @@ mod tests {
             slba,
             blocks,
             data: Buffers::NONE,
+            guest: None,
         }
     }
 
@@ -334,7 +373,7 @@ mod tests {
         assert!(!readable(&channel));
         let finished = Finished {
             tag: 3,
-            status: Status::SUCCESS,
+            status: Status::SUCCESS.into(),
         };
         assert_eq!(out, [finished]);
         assert_eq!(

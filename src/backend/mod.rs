@@ -12,30 +12,38 @@ mod error;
 mod fault;
 mod file;
 pub mod geometry;
+mod guest;
 mod memory;
 mod null;
+pub mod nvme;
+mod opcodes;
 mod passthrough;
 mod rules;
 mod select;
 mod sync;
 #[cfg(test)]
 mod tests;
+mod traits;
 mod uring;
 mod wake;
 
 pub use delay::{Delay, DelayBackend, DelayChannel};
 pub use fault::{Fault, FaultBackend, FaultChannel};
-pub use file::{FileBackend, FileChannel, FileOptions, IoPoll};
+pub use file::{After, FileBackend, FileChannel, FileOptions, IoPoll};
+pub use guest::GuestData;
 pub use memory::{HugePages, MemoryBackend, MemoryChannel, MemoryOptions};
 pub use null::{NullBackend, NullChannel, NullOptions};
+pub use nvme::{NvmeBackend, NvmeChannel, NvmeOptions};
+pub use opcodes::Opcodes;
 pub use passthrough::{PassthroughBackend, PassthroughChannel, PassthroughOptions};
 pub use rules::{Operations, Rule, RuleId, Rules};
 pub use select::{AnyChannel, Backend};
+pub use traits::Traits;
 
 use std::io;
 use std::os::fd::BorrowedFd;
 
-use nvme_spec::Status;
+use nvme_spec::{Sqe, Status, StatusField};
 
 use crate::memory::{Buffers, HostSeg};
 
@@ -96,6 +104,27 @@ pub struct Request<'a> {
     pub blocks: u32,
     /// Memory of the transfer: `blocks << block_shift` bytes for Read, Write and Compare, else [`Buffers::NONE`].
     pub data: Buffers<'a>,
+    /// To a backend that forwards ([`Backend::forwards`]), instead of `data`: the transfer in the guest's own words.
+    pub guest: Option<GuestData<'a>>,
+}
+
+impl Request<'_> {
+    /// Bytes of memory it comes with.
+    pub(crate) fn memory_bytes(&self) -> u64 {
+        match &self.guest {
+            Some(guest) => u64::from(guest.bytes),
+            None => self.data.len() as u64,
+        }
+    }
+}
+
+/// Blocks that are deallocated together with others, checked as those of a [`Request`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BlockRange {
+    /// First block.
+    pub slba: u64,
+    /// Blocks, at least 1.
+    pub blocks: u32,
 }
 
 /// The caller's name for a request, below the `depth` its channel was opened with. It is free again once its result is
@@ -127,8 +156,8 @@ pub enum Cancelled {
 pub struct Finished {
     /// The tag it was submitted under.
     pub tag: Tag,
-    /// What the guest is told.
-    pub status: Status,
+    /// What the guest is told, with the Do Not Retry and More bits; its phase and retry delay mean nothing.
+    pub status: StatusField,
 }
 
 /// The data side of a backend, owned by one poller.
@@ -143,7 +172,8 @@ pub trait Channel: Send {
     /// # Safety
     ///
     /// If this returns [`Submitted::Pending`], the memory behind `request.data`, and the list of segments itself, must stay valid
-    /// until the request is finished, is [`Cancelled::Gone`], or the channel has been dropped.
+    /// until the request is finished, is [`Cancelled::Gone`], or the channel has been dropped. The same holds for the mapping, here and for
+    /// devices, of all of `request.guest`'s memory.
     unsafe fn submit(&mut self, tag: Tag, request: &Request<'_>) -> Submitted;
 
     /// A request like this, with this memory, comes next: bring near what it needs. Only a hint; costs little.
@@ -152,11 +182,34 @@ pub trait Channel: Send {
         let _ = (operation, slba, memory);
     }
 
+    /// Begin a command that nobody here understands, as the guest wrote it but for its identifier and NSID: one that [`Backend::passes`].
+    ///
+    /// # Safety
+    ///
+    /// As [`Self::submit`], for all of the guest's memory.
+    unsafe fn pass(&mut self, tag: Tag, sqe: &Sqe) -> Submitted {
+        let _ = (tag, sqe);
+        Submitted::Done(Status::INVALID_OPCODE)
+    }
+
+    /// Deallocate several ranges by one request: how many of these, from the first on, it is about, and what became of it. `None`: each by
+    /// [`Self::submit`], the first at least.
+    fn deallocate(&mut self, tag: Tag, ranges: &[BlockRange]) -> Option<(usize, Submitted)> {
+        let _ = (tag, ranges);
+        None
+    }
+
     /// Hand what was submitted to whoever does it. Called once a pass.
     fn flush(&mut self);
 
-    /// Append finished requests to `out`, as many as there are and fit into its capacity.
+    /// Append finished requests to `out`, as many as there are and fit into its capacity. See [`Self::unsent`].
     fn poll(&mut self, out: &mut Vec<Finished>);
+
+    /// Whether [`Self::poll`] went on with requests by something that was not handed over yet: [`Self::flush`] does that.
+    #[inline]
+    fn unsent(&self) -> bool {
+        false
+    }
 
     /// Stop a pending request if that can be done.
     fn cancel(&mut self, tag: Tag) -> Cancelled;
@@ -166,6 +219,14 @@ pub trait Channel: Send {
 
     /// Readable when [`Self::poll`] has something; `None` if requests never are pending.
     fn wake_fd(&self) -> Option<BorrowedFd<'_>>;
+
+    /// Whether [`Self::wake_fd`] is an eventfd that is written for all news and read by nobody: its edges are what to wait for.
+    fn wakes_by_edges(&self) -> bool {
+        false
+    }
+
+    /// Called now and then, and after a sleep, also when nothing is pending: for what is not the doing of a request.
+    fn tend(&mut self) {}
 }
 
 /// Why a backend could not be opened: what was tried, on what, and what came back.

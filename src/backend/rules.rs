@@ -232,6 +232,7 @@ mod tests {
             slba,
             blocks,
             data: Buffers::NONE,
+            guest: None,
         }
     }
 

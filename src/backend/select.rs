@@ -3,18 +3,24 @@
 #![expect(unsafe_code, reason = "implements the unsafe `Channel::submit`")]
 
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use nvme_spec::Sqe;
 
 use super::delay::{Delay, DelayBackend, DelayChannel};
 use super::fault::{Fault, FaultBackend, FaultChannel};
 use super::file::{FileBackend, FileChannel, FileOptions};
 use super::memory::{MemoryBackend, MemoryChannel, MemoryOptions};
 use super::null::{NullBackend, NullChannel, NullOptions};
+use super::nvme::{NvmeBackend, NvmeChannel, NvmeOptions, Window};
 use super::passthrough::{PassthroughBackend, PassthroughChannel, PassthroughOptions};
 use super::rules::Rules;
+use super::traits::Traits;
 use super::{
-    Cancelled, Channel, Finished, Geometry, OpenError, Operation, Request, Submitted, Tag,
+    BlockRange, Cancelled, Channel, Finished, Geometry, Opcodes, OpenError, Operation, Request,
+    Submitted, Tag,
 };
-use crate::memory::HostSeg;
+use crate::memory::{HostSeg, Store};
 
 /// The store of a namespace. Shared; what pollers use are its channels.
 pub enum Backend {
@@ -26,6 +32,8 @@ pub enum Backend {
     File(FileBackend),
     /// A namespace of an NVMe SSD.
     Passthrough(PassthroughBackend),
+    /// Blocks of an SSD this process drives.
+    Nvme(Box<NvmeBackend>),
     /// Another one, with faults.
     Fault(Box<FaultBackend>),
     /// Another one, with delays.
@@ -51,6 +59,19 @@ impl Backend {
         MemoryBackend::new(options).map(Self::Memory)
     }
 
+    /// A store in memory that is there already, and is known by `id`.
+    ///
+    /// # Errors
+    ///
+    /// As [`MemoryBackend::over`].
+    pub fn memory_over(
+        options: MemoryOptions,
+        store: Store,
+        id: String,
+    ) -> Result<Self, OpenError> {
+        MemoryBackend::over(options, store, id).map(Self::Memory)
+    }
+
     /// A store in a file or on a block device.
     ///
     /// # Errors
@@ -67,6 +88,15 @@ impl Backend {
     /// As [`PassthroughBackend::open`].
     pub fn passthrough(options: PassthroughOptions) -> Result<Self, OpenError> {
         PassthroughBackend::open(options).map(Self::Passthrough)
+    }
+
+    /// A store that is blocks of an SSD this process drives.
+    ///
+    /// # Errors
+    ///
+    /// As [`NvmeBackend::open`].
+    pub fn nvme(options: &NvmeOptions) -> Result<Self, OpenError> {
+        NvmeBackend::open(options).map(|b| Self::Nvme(Box::new(b)))
     }
 
     /// This store with faults, and the handle to say which.
@@ -90,9 +120,54 @@ impl Backend {
             Self::Memory(b) => b.geometry,
             Self::File(b) => b.geometry,
             Self::Passthrough(b) => b.geometry,
+            Self::Nvme(b) => b.geometry,
             Self::Fault(b) => b.inner.geometry(),
             Self::Delay(b) => b.inner.geometry(),
         }
+    }
+
+    /// What tells the data it holds from that of any other store on this host, as long as the host runs: a guest's commands may go on only
+    /// with the same one. Nothing in it is secret.
+    pub fn store_id(&self) -> String {
+        match self {
+            Self::Null(_) => "null".into(),
+            Self::Memory(b) => b.store_id(),
+            Self::File(b) => b.store_id(),
+            Self::Passthrough(b) => b.store_id(),
+            Self::Nvme(b) => b.store_id(),
+            Self::Fault(b) => b.inner.store_id(),
+            Self::Delay(b) => b.inner.store_id(),
+        }
+    }
+
+    /// Whether requests that move data come with [`Request::guest`], not with [`Request::data`].
+    pub fn forwards(&self) -> bool {
+        self.as_nvme().is_some()
+    }
+
+    /// Commands beyond those of [`Operation`] that it hands on ([`Channel::pass`]).
+    pub fn passes(&self) -> Opcodes {
+        self.as_nvme().map_or(Opcodes::NONE, NvmeBackend::passes)
+    }
+
+    /// The SSD's blocks that this is, below whatever wraps them.
+    pub fn as_nvme(&self) -> Option<&NvmeBackend> {
+        match self {
+            Self::Null(_) | Self::Memory(_) | Self::File(_) | Self::Passthrough(_) => None,
+            Self::Nvme(b) => Some(b),
+            Self::Fault(b) => b.inner.as_nvme(),
+            Self::Delay(b) => b.inner.as_nvme(),
+        }
+    }
+
+    /// What it says of itself, if it is an SSD's.
+    pub fn traits(&self) -> Option<&Traits> {
+        self.as_nvme().map(NvmeBackend::traits)
+    }
+
+    /// Where the guest's memory must be shown for it.
+    pub fn window(&self) -> Option<&Arc<Window>> {
+        self.as_nvme().map(NvmeBackend::window)
     }
 
     /// A channel for one poller, on which tags below `depth` may be pending at a time.
@@ -106,6 +181,7 @@ impl Backend {
             Self::Memory(b) => AnyChannel::Memory(b.channel(depth)?),
             Self::File(b) => AnyChannel::File(Box::new(b.channel(depth)?)),
             Self::Passthrough(b) => AnyChannel::Passthrough(Box::new(b.channel(depth)?)),
+            Self::Nvme(b) => AnyChannel::Nvme(Box::new(b.channel(depth)?)),
             Self::Fault(b) => AnyChannel::Fault(Box::new(b.channel(depth)?)),
             Self::Delay(b) => AnyChannel::Delay(Box::new(b.channel(depth)?)),
         })
@@ -119,6 +195,7 @@ impl Backend {
             Self::Memory(b) => b.allocated_blocks(),
             Self::File(b) => b.allocated_blocks(),
             Self::Passthrough(b) => b.allocated_blocks(),
+            Self::Nvme(b) => b.geometry.blocks,
             Self::Fault(b) => b.inner.allocated_blocks(),
             Self::Delay(b) => b.inner.allocated_blocks(),
         }
@@ -131,6 +208,7 @@ impl Backend {
             Self::Memory(b) => b.describe(),
             Self::File(b) => b.describe(),
             Self::Passthrough(b) => b.describe(),
+            Self::Nvme(b) => b.describe(),
             Self::Fault(b) => return format!("faults over {}", b.inner.describe()),
             Self::Delay(b) => return format!("delays over {}", b.inner.describe()),
         };
@@ -155,6 +233,8 @@ pub enum AnyChannel {
     File(Box<FileChannel>),
     /// To a [`PassthroughBackend`].
     Passthrough(Box<PassthroughChannel>),
+    /// To an [`NvmeBackend`].
+    Nvme(Box<NvmeChannel>),
     /// To a [`FaultBackend`].
     Fault(Box<FaultChannel>),
     /// To a [`DelayBackend`].
@@ -168,6 +248,7 @@ macro_rules! each {
             Self::Memory($c) => $e,
             Self::File($c) => $e,
             Self::Passthrough($c) => $e,
+            Self::Nvme($c) => $e,
             Self::Fault($c) => $e,
             Self::Delay($c) => $e,
         }
@@ -179,6 +260,15 @@ impl Channel for AnyChannel {
     unsafe fn submit(&mut self, tag: Tag, request: &Request<'_>) -> Submitted {
         // SAFETY: the caller's promise is the one the inner channel asks for.
         each!(self, c => unsafe { c.submit(tag, request) })
+    }
+
+    unsafe fn pass(&mut self, tag: Tag, sqe: &Sqe) -> Submitted {
+        // SAFETY: the caller's promise is the one the inner channel asks for.
+        each!(self, c => unsafe { c.pass(tag, sqe) })
+    }
+
+    fn deallocate(&mut self, tag: Tag, ranges: &[BlockRange]) -> Option<(usize, Submitted)> {
+        each!(self, c => c.deallocate(tag, ranges))
     }
 
     #[inline]
@@ -196,6 +286,11 @@ impl Channel for AnyChannel {
         each!(self, c => c.poll(out))
     }
 
+    #[inline]
+    fn unsent(&self) -> bool {
+        each!(self, c => c.unsent())
+    }
+
     fn cancel(&mut self, tag: Tag) -> Cancelled {
         each!(self, c => c.cancel(tag))
     }
@@ -207,5 +302,13 @@ impl Channel for AnyChannel {
 
     fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
         each!(self, c => c.wake_fd())
+    }
+
+    fn wakes_by_edges(&self) -> bool {
+        each!(self, c => c.wakes_by_edges())
+    }
+
+    fn tend(&mut self) {
+        each!(self, c => c.tend());
     }
 }

@@ -54,6 +54,7 @@ fn file_options(path: &Path, block_shift: u32, direct: bool) -> FileOptions {
         read_only: false,
         direct,
         iopoll: IoPoll::Auto,
+        after: Default::default(),
     }
 }
 
@@ -276,6 +277,7 @@ fn passed_through_ssds_conform() {
         let options = PassthroughOptions {
             path: path.into(),
             read_only: false,
+            after: Default::default(),
         };
         let backend = Backend::passthrough(options.clone()).unwrap();
         eprintln!("{}", backend.describe());
@@ -338,6 +340,7 @@ fn what_is_no_ssd_is_not_passed_through() {
         let options = PassthroughOptions {
             path: path.into(),
             read_only: true,
+            after: Default::default(),
         };
         let e = Backend::passthrough(options).err().unwrap().to_string();
         assert!(e.contains("/dev/ng"), "{e}");
@@ -356,14 +359,13 @@ fn memory_that_is_not_there_is_a_transfer_error() {
     for direct in [true, false] {
         let backend = open(&path, 9, direct);
         let mut channel = backend.channel(1).unwrap();
-        // SAFETY: a new mapping; it is gone before anybody but the kernel uses it, which answers EFAULT.
+        // SAFETY: a new mapping without rights, never used by anybody but the kernel, which answers EFAULT. It stays, so that no other test
+        // comes to have memory there.
         let segs = unsafe {
-            use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+            use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
             let (none, flags) = (std::ptr::null_mut(), MapFlags::PRIVATE);
             let gone = mmap_anonymous(none, 8192, ProtFlags::empty(), flags).unwrap();
-            let segs = [crate::memory::HostSeg::of_raw(gone.cast(), 4096)];
-            munmap(gone, 8192).unwrap();
-            segs
+            [crate::memory::HostSeg::of_raw(gone.cast(), 4096)]
         };
         for operation in [WRITE, Operation::Read] {
             let request = Request {
@@ -372,6 +374,7 @@ fn memory_that_is_not_there_is_a_transfer_error() {
                 blocks: 8,
                 // SAFETY: it does not keep the promise, which is the test: only the kernel looks at it.
                 data: unsafe { crate::memory::Buffers::new(&segs) },
+                guest: None,
             };
             // SAFETY: as above.
             assert_eq!(unsafe { channel.submit(0, &request) }, Submitted::Pending);
@@ -382,7 +385,7 @@ fn memory_that_is_not_there_is_a_transfer_error() {
                 channel.poll(&mut out);
                 std::thread::yield_now();
             }
-            let status = Status::DATA_TRANSFER_ERROR;
+            let status = Status::DATA_TRANSFER_ERROR.into();
             assert_eq!(out, [Finished { tag: 0, status }], "{operation:?}");
         }
     }

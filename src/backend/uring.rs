@@ -43,12 +43,19 @@ pub(super) struct Uring<S: squeue::EntryMarker, C: cqueue::EntryMarker, M> {
 impl<S: squeue::EntryMarker, C: cqueue::EntryMarker, M> Uring<S, C, M> {
     /// A ring for `depth` operations at a time (more is fine, they have to wait) on `file`, which is its fixed file 0. With `iopoll`
     /// it takes nothing but reads and writes, no cancels either; the kernel looks for their completions when [`Self::enter`] asks it
-    /// to, and [`Self::fd`] does not tell of them.
+    /// to, and [`Self::fd`] does not tell of them. The kernel holds `file`, and `fence`, until the last operation of the ring has ended, also when
+    /// this process has not: their locks tell who comes after it.
     ///
     /// # Errors
     ///
     /// What the kernel says: ENOSYS or EPERM where io_uring may not be used, ENOMEM, EMFILE, EINVAL without that kind of entries.
-    pub fn new(file: &File, depth: u32, iopoll: bool, memory: M) -> io::Result<Self> {
+    pub fn new(
+        file: &File,
+        fence: Option<&File>,
+        depth: u32,
+        iopoll: bool,
+        memory: M,
+    ) -> io::Result<Self> {
         // Half of the entries is for operations, half for their cancels, so that there always is room for a cancel.
         let limit = depth.clamp(1, MAX_ENTRIES).next_power_of_two();
         let entries = limit * 2;
@@ -64,7 +71,8 @@ impl<S: squeue::EntryMarker, C: cqueue::EntryMarker, M> Uring<S, C, M> {
             .build(entries)
             // Kernels before 5.19 know none of that, and do not need it.
             .or_else(|_| plain.build(entries))?;
-        uring.submitter().register_files(&[file.as_raw_fd()])?;
+        let files = [file, fence.unwrap_or(file)].map(AsRawFd::as_raw_fd);
+        uring.submitter().register_files(&files)?;
         Ok(Self {
             uring: ManuallyDrop::new(uring),
             memory: ManuallyDrop::new(memory),

@@ -8,15 +8,18 @@ pub mod quick;
 pub mod raw;
 mod resolve;
 pub mod size;
+mod ssds;
 
 use std::path::PathBuf;
 use std::time::Duration;
 
-pub use raw::{DangerZone, Fault, FaultAction, Huge, IoPoll, LogFormat, Operation};
+pub use raw::{DangerZone, Fault, FaultAction, Huge, IoPoll, LogFormat, OnReset, Operation};
 pub use resolve::resolve;
 
 use crate::controller::Placement;
+use crate::driver::pci::PciAddress;
 use crate::poller::PollerConfig;
+use crate::transport::Transport;
 
 /// What is wrong with a configuration, in one line, with where it stands and how to mend it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -28,10 +31,41 @@ pub struct ConfigError(pub String);
 pub struct Config {
     /// How to log.
     pub log: Log,
+    /// Where what survives this process is kept.
+    pub state_dir: StateDir,
     /// The pollers, at least one.
     pub pollers: Vec<PollerConfig>,
+    /// The SSDs that namespaces are on, each once.
+    pub ssds: Vec<SsdSpec>,
     /// The controllers, at least one.
     pub controllers: Vec<ControllerSpec>,
+}
+
+/// Where what survives the process is kept.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum StateDir {
+    /// Where this host keeps such things: `$RUNTIME_DIRECTORY`, a directory in `/run` for root, else one in `$XDG_RUNTIME_DIR`.
+    #[default]
+    Default,
+    /// In this directory.
+    At(PathBuf),
+    /// Nowhere.
+    None,
+}
+
+/// An SSD to be driven.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SsdSpec {
+    /// Where it is.
+    pub address: PciAddress,
+    /// A command that takes longer is aborted.
+    pub command_timeout: Duration,
+    /// If that does not help within this time, the controller is reset.
+    pub abort_grace: Duration,
+    /// What becomes of commands that were out at a reset.
+    pub on_reset: OnReset,
+    /// With more resets than this within a minute it is given up.
+    pub resets_per_minute: u32,
 }
 
 /// How to log.
@@ -64,6 +98,8 @@ pub enum Socket {
 pub struct ControllerSpec {
     /// Its name in messages.
     pub name: String,
+    /// What is spoken on its socket.
+    pub transport: Transport,
     /// Where front-ends come from.
     pub socket: Socket,
     /// Serial number.
@@ -76,12 +112,14 @@ pub struct ControllerSpec {
     pub queues: u16,
     /// Entries of an I/O queue.
     pub queue_entries: u32,
-    /// Largest transfer in bytes.
-    pub max_transfer: u32,
+    /// Largest transfer in bytes; `None` = as much as every namespace takes as one command.
+    pub max_transfer: Option<u32>,
     /// NN.
     pub max_namespaces: u32,
     /// Offer Doorbell Buffer Config.
     pub doorbell_buffer: bool,
+    /// Offer SGLs.
+    pub sgls: bool,
     /// CAP.DSTRD.
     pub doorbell_stride: u8,
     /// PCI vendor, device, subsystem vendor and subsystem ids.
@@ -143,6 +181,17 @@ pub enum StoreSpec {
     NvmePassthrough {
         /// Its generic device, `/dev/ngXnY`.
         path: PathBuf,
+    },
+    /// On an SSD this process drives.
+    Nvme {
+        /// Where it is.
+        address: PciAddress,
+        /// NSID there.
+        nsid: u32,
+        /// Where in that namespace it begins, in bytes.
+        offset: u64,
+        /// How large it is, in bytes; `None` = to the end.
+        bytes: Option<u64>,
     },
 }
 

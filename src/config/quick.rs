@@ -5,8 +5,7 @@ use toml::Spanned;
 use super::raw::{Huge, IoPoll, Namespace};
 use super::size;
 
-const KEYS: &str =
-    "size, path, block-size, read-only, direct, iopoll, huge-pages, nsid, uuid, nguid, eui64";
+const KEYS: &str = "size, path, address, ssd-namespace, offset, block-size, read-only, direct, iopoll, huge-pages, nsid, uuid, nguid, eui64";
 
 /// Parse the value of one `--namespace`.
 ///
@@ -15,8 +14,17 @@ const KEYS: &str =
 /// A line that says what is wrong.
 pub fn namespace(text: &str) -> Result<Namespace, String> {
     let mut parts = text.split(',');
+    // `nvme:0000:01:00.0` is the backend and the SSD's address.
+    let (backend, address) = match parts.next() {
+        Some(first) => match first.split_once(':') {
+            Some((backend, address)) => (Some(backend), Some(address)),
+            None => (Some(first), None),
+        },
+        None => (None, None),
+    };
     let mut ns = Namespace {
-        backend: parts.next().map(str::to_owned),
+        backend: backend.map(str::to_owned),
+        address: address.map(str::to_owned),
         ..Namespace::default()
     };
     for part in parts {
@@ -32,6 +40,12 @@ pub fn namespace(text: &str) -> Result<Namespace, String> {
         };
         match key {
             "size" => ns.size = Some(size::parse(need()?)?),
+            "address" => ns.address = Some(need()?.into()),
+            "ssd-namespace" => {
+                let v = need()?;
+                ns.ssd_namespace = Some(v.parse().map_err(|_| format!("'{v}' is not an nsid"))?);
+            }
+            "offset" => ns.offset = Some(size::parse(need()?)?),
             "path" => ns.path = Some(need()?.into()),
             "block-size" => ns.block_size = Some(size::parse(need()?)?),
             "read-only" => ns.read_only = Some(flag()?),

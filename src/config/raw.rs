@@ -14,9 +14,39 @@ pub struct File {
     /// `[daemon]`
     #[serde(default)]
     pub daemon: Daemon,
+    /// `[[ssd]]`
+    #[serde(default)]
+    pub ssd: Vec<Spanned<Ssd>>,
     /// `[[controller]]`
     #[serde(default)]
     pub controller: Vec<Spanned<Controller>>,
+}
+
+/// How an SSD is treated that namespaces of backend `nvme` are on.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Ssd {
+    /// Its PCI address.
+    pub address: Option<String>,
+    /// A command that takes longer is aborted.
+    pub command_timeout_ms: Option<u64>,
+    /// If that does not help within this time, the controller is reset.
+    pub abort_grace_ms: Option<u64>,
+    /// What becomes of commands that were out at a reset.
+    pub on_reset: Option<OnReset>,
+    /// With more resets than this within a minute it is given up.
+    pub resets_per_minute: Option<u32>,
+}
+
+/// What becomes of commands that were out when an SSD was reset.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnReset {
+    /// They are sent again.
+    #[default]
+    Resubmit,
+    /// They fail.
+    Fail,
 }
 
 /// What all controllers share.
@@ -37,6 +67,8 @@ pub struct Daemon {
     pub poll_us: Option<u64>,
     /// Commands a poller can have out.
     pub slots: Option<usize>,
+    /// A directory, or `none`.
+    pub state_dir: Option<PathBuf>,
 }
 
 /// How log lines look.
@@ -69,6 +101,8 @@ pub enum Idle {
 pub struct Controller {
     /// Its name in messages; what its serial number and the names of its namespaces are derived from.
     pub name: Option<String>,
+    /// What is spoken on its socket.
+    pub transport: Option<Transport>,
     /// Where front-ends connect.
     pub socket_path: Option<PathBuf>,
     /// The socket's permissions, in octal.
@@ -94,6 +128,8 @@ pub struct Controller {
     pub max_namespaces: Option<u32>,
     /// Offer Doorbell Buffer Config.
     pub doorbell_buffer: Option<bool>,
+    /// Offer SGLs.
+    pub sgls: Option<bool>,
     /// CAP.DSTRD.
     pub doorbell_stride: Option<u8>,
     /// PCI vendor, device, subsystem vendor and subsystem ids.
@@ -105,6 +141,17 @@ pub struct Controller {
     /// `[[controller.namespace]]`
     #[serde(default)]
     pub namespace: Vec<Spanned<Namespace>>,
+}
+
+/// What is spoken on a socket.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Transport {
+    /// For QEMU with the device of this project
+    #[default]
+    VhostUser,
+    /// For QEMU 10.1 and later as it is, and Cloud Hypervisor
+    VfioUser,
 }
 
 /// How queues are put on pollers.
@@ -126,13 +173,19 @@ pub enum Policy {
 pub struct Namespace {
     /// NSID; the place in the list by default.
     pub nsid: Option<u32>,
-    /// `null`, `memory`, `file` or `nvme-passthrough`.
+    /// `null`, `memory`, `file`, `nvme-passthrough` or `nvme`.
     pub backend: Option<String>,
-    /// Size, of `null` and `memory`.
+    /// Size, of `null` and `memory`; how much of the SSD's namespace, of `nvme`.
     pub size: Option<Size>,
+    /// PCI address of the SSD, of `nvme`.
+    pub address: Option<String>,
+    /// NSID on the SSD, of `nvme`.
+    pub ssd_namespace: Option<u32>,
+    /// Where in the SSD's namespace it begins, of `nvme`.
+    pub offset: Option<Size>,
     /// Path, of `file` and `nvme-passthrough`.
     pub path: Option<PathBuf>,
-    /// 512 or 4096; not of `nvme-passthrough`.
+    /// 512 or 4096; not of `nvme-passthrough` and `nvme`.
     pub block_size: Option<Size>,
     /// Refuse writes.
     pub read_only: Option<bool>,
@@ -208,6 +261,9 @@ pub struct DangerZone {
     /// Requests that go wrong.
     #[serde(default)]
     pub fault: Vec<Fault>,
+    /// I/O commands beyond those of this daemon that go to the SSD unchecked, by opcode; of `nvme`.
+    #[serde(default)]
+    pub pass_opcodes: Vec<u8>,
 }
 
 /// Requests that go wrong.

@@ -9,17 +9,20 @@ use sha2::{Digest, Sha256};
 
 use super::file::Source;
 use super::raw;
+use super::ssds;
 use super::{
-    Config, ConfigError, ControllerSpec, DEFAULT_POLL, Huge, Log, NamespaceSpec, Socket, StoreSpec,
+    Config, ConfigError, ControllerSpec, DEFAULT_POLL, Huge, Log, NamespaceSpec, Socket, StateDir,
+    StoreSpec,
 };
 use crate::controller::{Placement, Policy};
 use crate::poller::{IdlePolicy, PollerConfig};
+use crate::transport::Transport;
 
 /// Queue pairs by default: admin and 32 for I/O.
 const QUEUES: u16 = 33;
 /// Entries of an I/O queue by default.
 const QUEUE_ENTRIES: u32 = 1024;
-/// The largest transfer, and the default.
+/// The largest transfer.
 const MAX_TRANSFER: u32 = 1 << 20;
 /// CAP.DSTRD by default: see `docs/adr/0003-doorbell-stride.md`.
 const DOORBELL_STRIDE: u8 = 3;
@@ -31,7 +34,9 @@ const MAX_NSID: u32 = 1024;
 const SLOTS: usize = 1024;
 const MAX_SLOTS: usize = 65_536;
 const MAX_POLLERS: usize = 1024;
-const BACKENDS: &str = "null, memory, file and nvme-passthrough";
+/// The socket in a directory that vfio-user clients are given.
+const CNTRL: &str = "cntrl";
+const BACKENDS: &str = "null, memory, file, nvme-passthrough and nvme";
 const MODEL: &str = "vhost-user NVMe Controller";
 /// An id of the range QEMU sets aside for experiments, so that no driver's quirks for other controllers apply.
 const PCI_IDS: [u16; 4] = [0x1AF4, 0x10F0, 0x1AF4, 0x1100];
@@ -52,6 +57,17 @@ pub fn resolve(file: raw::File, source: Option<&Source>) -> Result<Config, Confi
             place()
         )));
     }
+    let state_dir = match &daemon.state_dir {
+        None => StateDir::Default,
+        Some(dir) if dir.as_os_str() == "none" => StateDir::None,
+        Some(dir) if dir.as_os_str().is_empty() => {
+            return Err(ConfigError(format!(
+                "{}state-dir is empty; name a directory, or none",
+                place()
+            )));
+        }
+        Some(dir) => StateDir::At(absolute(dir)),
+    };
     if file.controller.is_empty() {
         return Err(ConfigError(format!(
             "{}there is no controller; add [[controller]] with a socket-path and a [[controller.namespace]]",
@@ -69,11 +85,14 @@ pub fn resolve(file: raw::File, source: Option<&Source>) -> Result<Config, Confi
             .map_err(|e| ConfigError(format!("{at}{e}")))?;
         controllers.push(spec);
     }
+    let ssds = ssds::resolve(file.ssd, &controllers, source)?;
     Ok(Config {
+        ssds,
         log: Log {
             level,
             format: daemon.log_format.unwrap_or_default(),
         },
+        state_dir,
         pollers,
         controllers,
     })
@@ -269,10 +288,13 @@ fn controller(
         )));
     }
     let max_transfer = match c.max_transfer {
-        None => MAX_TRANSFER,
+        None => None,
         Some(size) => u32::try_from(size.0)
+            .map(Some)
             .ok()
-            .filter(|n| n.is_power_of_two() && (4096..=MAX_TRANSFER).contains(n))
+            .filter(|n| {
+                n.is_some_and(|n| n.is_power_of_two() && (4096..=MAX_TRANSFER).contains(&n))
+            })
             .ok_or_else(|| {
                 in_controller(format!(
                     "max-transfer is {} bytes; it can be 4K, 8K, 16K and so on up to 1M",
@@ -306,6 +328,14 @@ fn controller(
             "there is no namespace; add one with --namespace or [[controller.namespace]]".into(),
         ));
     };
+    let forwards = namespaces
+        .iter()
+        .any(|ns| matches!(ns.store, StoreSpec::Nvme { .. }));
+    if c.sgls == Some(true) && forwards {
+        return Err(in_controller(
+            "sgls = true, and a namespace is on an SSD this program drives, which is given PRPs only; leave sgls out".into(),
+        ));
+    }
     let max_namespaces = c.max_namespaces.unwrap_or(highest);
     if max_namespaces < highest || max_namespaces > MAX_NSID {
         return Err(in_controller(format!(
@@ -314,6 +344,10 @@ fn controller(
     }
     Ok(ControllerSpec {
         name,
+        transport: match c.transport.unwrap_or_default() {
+            raw::Transport::VhostUser => Transport::VhostUser,
+            raw::Transport::VfioUser => Transport::VfioUser,
+        },
         socket,
         serial,
         model,
@@ -323,6 +357,7 @@ fn controller(
         max_transfer,
         max_namespaces,
         doorbell_buffer: c.doorbell_buffer.unwrap_or(true),
+        sgls: c.sgls.unwrap_or(!forwards),
         doorbell_stride,
         pci_ids: c.pci_ids.unwrap_or(PCI_IDS),
         placement: Placement {
@@ -361,8 +396,14 @@ fn socket(c: &raw::Controller) -> Result<Socket, String> {
         None => None,
         Some(text) => Some(group_id(text)?),
     };
+    // Some clients of vfio-user are given a directory, and look for the socket in it by this name.
+    let by_name = c.transport == Some(raw::Transport::VfioUser) && path.is_dir();
     Ok(Socket::Path {
-        path: path.clone(),
+        path: if by_name {
+            path.join(CNTRL)
+        } else {
+            path.clone()
+        },
         mode,
         group,
     })
@@ -386,18 +427,21 @@ fn group_id(text: &str) -> Result<u32, String> {
 
 fn default_name(socket: &Socket) -> String {
     match socket {
-        Socket::Path { path, .. } => path.file_stem().map_or_else(
-            || "nvme".into(),
-            |stem| {
-                stem.to_string_lossy()
-                    .chars()
-                    .filter(|c| !c.is_control())
-                    .take(64)
-                    .collect()
-            },
-        ),
+        // Named after its directory: every controller's socket could be called so.
+        Socket::Path { path, .. } if path.file_name() == Some(CNTRL.as_ref()) => path
+            .parent()
+            .and_then(Path::file_name)
+            .map_or_else(|| "nvme".into(), shown_name),
+        Socket::Path { path, .. } => path.file_stem().map_or_else(|| "nvme".into(), shown_name),
         Socket::Fd(fd) => format!("fd-{fd}"),
     }
+}
+
+/// A part of a path, fit for messages.
+fn shown_name(part: &std::ffi::OsStr) -> String {
+    let text = part.to_string_lossy();
+    let shown = text.chars().filter(|c| !c.is_control());
+    shown.take(64).collect()
 }
 
 fn printable(what: &str, text: &str, most: usize) -> Result<(), String> {
@@ -469,6 +513,9 @@ fn namespace(ns: raw::Namespace, index: usize, seed: &str) -> Result<NamespaceSp
                 .into(),
         ));
     }
+    if let Some(zone) = &ns.danger_zone {
+        ssds::check_passed(zone, &store).map_err(fail)?;
+    }
     Ok(NamespaceSpec {
         nsid,
         store,
@@ -513,7 +560,20 @@ fn store(ns: &raw::Namespace, block_shift: u32) -> Result<(StoreSpec, String), S
             .map(|_| size.0)
             .map_err(|e| e.to_string())
     };
+    if ns.backend.as_deref() != Some("nvme") {
+        let kind = ns.backend.as_deref().unwrap_or("such");
+        only("address", ns.address.is_some(), kind)?;
+        only("ssd-namespace", ns.ssd_namespace.is_some(), kind)?;
+        only("offset", ns.offset.is_some(), kind)?;
+    }
     match ns.backend.as_deref() {
+        Some("nvme") => {
+            only("path", ns.path.is_some(), "nvme")?;
+            only("direct", ns.direct.is_some(), "nvme")?;
+            only("iopoll", ns.iopoll.is_some(), "nvme")?;
+            only("huge-pages", ns.huge_pages.is_some(), "nvme")?;
+            ssds::store(ns)
+        }
         Some("null") => {
             only("path", ns.path.is_some(), "null")?;
             only("direct", ns.direct.is_some(), "null")?;

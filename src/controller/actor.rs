@@ -3,11 +3,16 @@
 //! One [`Actor::turn`] looks at everything: CC, the mail, reports, the admin queue. Between turns it sleeps until
 //! its eventfd or the admin queue's kick is written. What needs a poller is sent, noted in [`Pending`], and ended when the answer comes.
 
+use std::cell::RefCell;
 use std::fs::File;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use crossbeam_channel::Sender;
 use nvme_spec::event::AsyncEvent;
+use nvme_spec::log::CriticalWarning;
+use nvme_spec::regs::Csts;
 
 use super::admin::events::Events;
 use super::admin::features::Features;
@@ -15,6 +20,7 @@ use super::admin::queue::AdminQueue;
 use super::doorbells::Switch;
 use super::error_log::ErrorLog;
 use super::health::Health;
+use super::image::{Fingerprint, Image};
 use super::inbox::{Inbox, Mail, Outbox};
 use super::info::Info;
 use super::lifecycle::{Drain, Phase};
@@ -23,6 +29,7 @@ use super::pending::Pending;
 use super::placement::{self, Candidate, Placement, Policy};
 use super::queues::Queues;
 use super::registers::Registers;
+use super::resume::{Keeping, Kept};
 use super::throttle::Throttle;
 use super::{DRAIN_LIMIT, FrontEnd};
 use crate::backend::Backend;
@@ -33,6 +40,7 @@ use crate::poller::{
     ControlSink, ControllerKey, DoorbellMode, Message, PollerEvent, PollerHandle, ShadowConfig,
     Vector,
 };
+use crate::state::{Keep, StateFile};
 
 /// Messages handled in a turn before the admin queue has its say.
 const MAIL_BATCH: usize = 256;
@@ -47,6 +55,9 @@ pub(super) trait Port: Send {
 
     /// Of these, there were `before` of ours and are `now`.
     fn count_queues(&self, before: usize, now: usize);
+
+    /// Commands that it can have out.
+    fn slots(&self) -> usize;
 
     /// The NUMA node of its core.
     fn node(&self) -> Option<u32>;
@@ -65,6 +76,10 @@ impl Port for PollerHandle {
         PollerHandle::count_queues(self, before, now);
     }
 
+    fn slots(&self) -> usize {
+        self.slots
+    }
+
     fn node(&self) -> Option<u32> {
         self.node
     }
@@ -76,7 +91,38 @@ pub(super) struct Shared {
     pub(super) registers: Registers,
     pub(super) window: Arc<DoorbellWindow>,
     pub(super) vectors: Vec<Arc<Vector>>,
+    pub(super) pin: super::pin::Pin,
     pub(super) inbox: Arc<Inbox>,
+    /// The instance id that the front-end presented.
+    pub(super) instance: Mutex<Option<[u8; 16]>>,
+    /// What was left by a process or a front-end before.
+    pub(super) keeping: Mutex<Keeping>,
+    /// Nothing is served until the front-end says what it is.
+    pub(super) suspended: AtomicBool,
+}
+
+impl Shared {
+    pub(super) fn instance(&self) -> Option<[u8; 16]> {
+        *lock(&self.instance)
+    }
+
+    pub(super) fn set_instance(&self, id: Option<[u8; 16]>) {
+        *lock(&self.instance) = id;
+    }
+
+    pub(super) fn keeping(&self) -> Keeping {
+        *lock(&self.keeping)
+    }
+
+    pub(super) fn set_keeping(&self, keeping: Keeping, suspended: bool) {
+        *lock(&self.keeping) = keeping;
+        self.suspended.store(suspended, Ordering::Release);
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // The values are plain numbers: whoever panicked left a valid one.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What the actor needs to begin with.
@@ -93,6 +139,8 @@ pub(super) struct Parts {
     pub(super) volatile: Vec<Arc<Backend>>,
     /// Where it sleeps; empty.
     pub(super) bed: Bed,
+    /// Where its state is kept.
+    pub(super) keep: Arc<Keep>,
 }
 
 /// The state of the control plane.
@@ -129,18 +177,52 @@ pub(super) struct Actor {
     pub(super) pending: Pending,
     /// The queue that moves to another poller now.
     pub(super) moving: Option<Move>,
-    /// How many moves there have been.
-    pub(super) moves: u64,
+    /// How many queues were created and moved in this generation.
+    pub(super) number: u32,
     pub(super) throttle: Throttle,
     bed: Bed,
     stop: bool,
+    pub(super) keep: Arc<Keep>,
+    pub(super) fingerprint: Fingerprint,
+    /// The generation of the state that is written now.
+    pub(super) state: Option<Arc<StateFile>>,
+    /// What it says.
+    pub(super) committed: Option<Image>,
+    /// While suspended: what was left.
+    pub(super) kept: Option<Kept>,
+    /// A front-end that waits for the end of a suspension: whether its guest has used the device.
+    pub(super) going: Option<(bool, Sender<()>)>,
+    /// Namespaces that changed while suspended.
+    pub(super) late: Vec<u32>,
+    /// Admin commands that were fetched and have not completed, oldest first; no asynchronous event requests.
+    pub(super) commands: Vec<[u64; 8]>,
+    /// Shadow doorbells, once all pollers use them.
+    pub(super) shadow_used: Option<ShadowConfig>,
+    /// CSTS, to be shown at the end of the turn.
+    pub(super) csts: Csts,
+    /// Messages that are sent at the end of the turn.
+    pub(super) outbound: RefCell<Vec<(usize, Message)>>,
+    /// Dropped at the end of the turn: what they wait for is done.
+    pub(super) done: Vec<Sender<()>>,
 }
 
 impl Actor {
     pub(super) fn new(parts: Parts) -> Self {
         let info = &parts.shared.info;
         let pollers = parts.ports.len();
-        Self {
+        let mut actor = Self {
+            keep: parts.keep,
+            fingerprint: Fingerprint::of(info, &parts.namespaces),
+            state: None,
+            committed: None,
+            kept: None,
+            going: None,
+            late: Vec::new(),
+            commands: Vec::new(),
+            shadow_used: None,
+            csts: Csts::new(),
+            outbound: RefCell::default(),
+            done: Vec::new(),
             attached: vec![false; pollers],
             front: None,
             map: GuestMap::empty(),
@@ -160,7 +242,7 @@ impl Actor {
             changed: Vec::new(),
             pending: Pending::default(),
             moving: None,
-            moves: 0,
+            number: 0,
             throttle: Throttle::new(),
             bed: parts.bed,
             stop: false,
@@ -172,7 +254,9 @@ impl Actor {
             counted: vec![0; pollers],
             namespaces: parts.namespaces,
             volatile: parts.volatile,
-        }
+        };
+        actor.look_for_state();
+        actor
     }
 
     /// Run until told to stop.
@@ -191,6 +275,8 @@ impl Actor {
                 self.sleep();
             }
         }
+        // A transport that waits gets its answer.
+        self.end_turn();
         self.queues.clear();
         self.count_queues();
         // Nobody waits for the answers: a poller keeps alive what its I/O needs.
@@ -204,6 +290,9 @@ impl Actor {
                 },
             );
         }
+        // Nothing of this goes into the state: whoever goes on finds it as it is.
+        self.phase = Phase::Suspended;
+        self.end_turn();
     }
 
     /// Look at everything once; whether there is more to do right away.
@@ -232,6 +321,7 @@ impl Actor {
         more |= self.serve_admin();
         self.warn_of_slow_drain();
         self.count_queues();
+        self.end_turn();
         more
     }
 
@@ -282,10 +372,21 @@ impl Actor {
 
     fn take(&mut self, mail: Mail) {
         match mail {
+            Mail::Ping(answer) => drop(answer),
             Mail::Stop => self.stop = true,
             Mail::Attach(front) => self.attach(front),
             Mail::Detach(done) => self.detach(done),
             Mail::Reset(done) => self.reset_from_outside(done),
+            Mail::Suspend(done) => self.suspend(done),
+            Mail::Abandon => self.abandon(),
+            Mail::Go(used, done) => self.go(used, done),
+            Mail::Fresh(done) => {
+                self.done.push(done);
+                if self.phase == Phase::Suspended && self.drain.is_none() {
+                    self.start_afresh();
+                }
+            }
+            Mail::Sync(done) => self.done.push(done),
             Mail::Memory(map, done) => self.set_memory(map, done),
             Mail::Kick(index, kick) => self.set_kick(index, kick),
             Mail::Doorbells(mode) => {
@@ -301,6 +402,7 @@ impl Actor {
             Mail::Reply(poller, reply) => self.answered(poller, &reply),
             Mail::Stopped(event) => self.queue_stopped(event),
             Mail::NamespaceChanged(nsid) => self.namespace_changed(nsid),
+            Mail::Health(warning) => self.health_changed(warning),
             Mail::Flushed(shutdown) => self.flushed(shutdown),
         }
     }
@@ -333,7 +435,29 @@ impl Actor {
         }
     }
 
-    fn namespace_changed(&mut self, nsid: u32) {
+    /// An SSD reports on its health: the log has a copy by now.
+    fn health_changed(&mut self, warning: CriticalWarning) {
+        for (on, event) in [
+            (warning.spare(), AsyncEvent::SPARE_BELOW_THRESHOLD),
+            (warning.temperature(), AsyncEvent::TEMPERATURE_THRESHOLD),
+            (
+                warning.reliability() || warning.read_only(),
+                AsyncEvent::NVM_SUBSYSTEM_RELIABILITY,
+            ),
+        ] {
+            if on {
+                self.events.raise(event);
+            }
+        }
+    }
+
+    pub(super) fn namespace_changed(&mut self, nsid: u32) {
+        if self.phase == Phase::Suspended {
+            if !self.late.contains(&nsid) {
+                self.late.push(nsid);
+            }
+            return;
+        }
         if let Err(at) = self.changed.binary_search(&nsid)
             && self.shared.info.namespace(nsid).is_some()
         {
@@ -342,11 +466,9 @@ impl Actor {
         self.events.raise(AsyncEvent::NAMESPACE_ATTRIBUTE_CHANGED);
     }
 
-    /// Send a message to a poller.
+    /// Send a message to a poller, at the end of the turn.
     pub(super) fn tell(&self, poller: usize, message: Message) {
-        if let Some(port) = self.ports.get(poller) {
-            port.send(message);
-        }
+        self.outbound.borrow_mut().push((poller, message));
     }
 
     /// The pollers that know this controller.
@@ -440,6 +562,15 @@ impl Actor {
 
     /// Have one poller watch the admin doorbells, exactly while nobody kicks.
     pub(super) fn watch_admin(&mut self) {
+        // Doorbells that are mapped whether anyone wants it or not need a watcher before there is an I/O queue.
+        if self.switch.mode() == DoorbellMode::Mapped
+            && self.admin.is_some()
+            && !self.attached.contains(&true)
+            && let Some(poller) = self.choose_poller(self.shared.registers.admin().asq)
+        {
+            // It comes back here.
+            return self.introduce(poller);
+        }
         let wanted = match self.switch.mode() {
             DoorbellMode::Trapped => None,
             DoorbellMode::Mapped => self

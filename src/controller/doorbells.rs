@@ -11,8 +11,8 @@ pub(super) struct Switch {
     asked: Option<DoorbellMode>,
     /// What each poller would like.
     wants: Vec<DoorbellMode>,
-    /// The front-end has answered a wish for mapped doorbells with trapped ones: it cannot, so it is not asked again.
-    refused: bool,
+    /// What the front-end was asked for and did not do: it cannot, so it is not asked again.
+    refused: Option<DoorbellMode>,
 }
 
 impl Switch {
@@ -21,7 +21,7 @@ impl Switch {
             mode: DoorbellMode::Trapped,
             asked: None,
             wants: vec![DoorbellMode::Trapped; pollers],
-            refused: false,
+            refused: None,
         }
     }
 
@@ -52,12 +52,12 @@ impl Switch {
         if self.asked.is_some() {
             return None;
         }
-        let wish = if self.wants.contains(&DoorbellMode::Mapped) && !self.refused {
+        let wish = if self.wants.contains(&DoorbellMode::Mapped) {
             DoorbellMode::Mapped
         } else {
             DoorbellMode::Trapped
         };
-        if wish == self.mode {
+        if wish == self.mode || Some(wish) == self.refused {
             return None;
         }
         self.asked = Some(wish);
@@ -70,8 +70,8 @@ impl Switch {
     /// The front-end has said how doorbells are; whether that is a change of [`Self::mode`].
     pub(super) fn acknowledged(&mut self, mode: DoorbellMode) -> bool {
         let asked = self.asked.take();
-        if asked == Some(DoorbellMode::Mapped) && mode == DoorbellMode::Trapped {
-            self.refused = true;
+        if asked.is_some_and(|asked| asked != mode) {
+            self.refused = asked;
         }
         std::mem::replace(&mut self.mode, mode) != mode
     }
@@ -98,6 +98,18 @@ mod tests {
         assert!(s.acknowledged(Trapped));
         assert_eq!(s.next(), Some(Mapped));
         s.want(7, Mapped);
+    }
+
+    #[test]
+    fn a_front_end_that_cannot_trap_is_asked_once() {
+        let mut s = Switch::new(1);
+        assert!(s.acknowledged(Mapped), "of its own accord");
+        assert_eq!(s.next(), Some(Trapped));
+        assert!(!s.acknowledged(Mapped));
+        assert_eq!((s.next(), s.mode()), (None, Mapped));
+        s.want(0, Mapped);
+        s.want(0, Trapped);
+        assert_eq!(s.next(), None);
     }
 
     #[test]

@@ -4,7 +4,8 @@ use std::collections::VecDeque;
 
 use nvme_spec::log::ErrorLogEntry;
 use nvme_spec::{Status, StatusField};
-use zerocopy::IntoBytes as _;
+use serde::{Deserialize, Serialize};
+use zerocopy::{FromBytes as _, IntoBytes as _};
 
 use crate::poller::IoFailure;
 
@@ -19,13 +20,37 @@ pub(super) struct ErrorLog {
     count: u64,
 }
 
+/// The same, to be written down.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct ErrorLogImage {
+    entries: Vec<[u64; 8]>,
+    count: u64,
+}
+
 impl ErrorLog {
+    pub(super) fn image(&self) -> ErrorLogImage {
+        let words = |e: &ErrorLogEntry| <[u64; 8]>::read_from_bytes(e.as_bytes()).ok();
+        ErrorLogImage {
+            entries: self.entries.iter().filter_map(words).collect(),
+            count: self.count,
+        }
+    }
+
+    pub(super) fn restore(image: &ErrorLogImage) -> Self {
+        let entries = image.entries.iter().take(ENTRIES);
+        let entry = |words: &[u64; 8]| ErrorLogEntry::read_from_bytes(words.as_bytes()).ok();
+        Self {
+            entries: entries.filter_map(entry).collect(),
+            count: image.count,
+        }
+    }
+
     /// Record a failed command.
     pub(super) fn record(&mut self, failure: &IoFailure) {
         self.push(ErrorLogEntry {
             sqid: failure.sqid,
             cid: failure.cid,
-            status: StatusField::from_status(failure.status).with_dnr(failure.status.default_dnr()),
+            status: failure.status,
             location: failure.parameter,
             lba: failure.lba,
             nsid: failure.nsid,
@@ -75,13 +100,12 @@ impl ErrorLog {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use zerocopy::FromBytes as _;
 
     fn failure(cid: u16) -> IoFailure {
         IoFailure {
             sqid: 3,
             cid,
-            status: Status::LBA_OUT_OF_RANGE,
+            status: Status::LBA_OUT_OF_RANGE.into(),
             nsid: 1,
             lba: 77,
             parameter: ErrorLogEntry::location_of(40, 0),
@@ -110,6 +134,8 @@ mod tests {
         assert_eq!((next.lba, next.nsid, next.location), (77, 1, 40));
         assert_eq!(next.status.status(), Status::LBA_OUT_OF_RANGE);
         assert!(next.status.dnr());
+        let again = ErrorLog::restore(&log.image());
+        assert_eq!((again.page(), again.count()), (log.page(), log.count()));
         let last = ErrorLogEntry::read_from_bytes(&page[63 * 64..]).unwrap();
         assert_eq!(last.error_count, 38);
     }

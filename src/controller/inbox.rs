@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 
 use crossbeam_channel::{Receiver, Sender, TrySendError};
+use nvme_spec::log::CriticalWarning;
 use rustix::event::{EventfdFlags, eventfd};
 
 use super::FrontEnd;
@@ -28,6 +29,16 @@ pub(super) enum Mail {
     Detach(Sender<()>),
     /// Reset from outside. The sender is dropped when no I/O can touch guest memory.
     Reset(Sender<()>),
+    /// The front-end has sent everything, for a guest that has used the device before or not. The sender is dropped when that is done.
+    Go(bool, Sender<()>),
+    /// The front-end has gone, or is to be served by another process: keep the state only. The sender is dropped when no I/O can touch its memory.
+    Suspend(Sender<()>),
+    /// What is out when suspending takes too long.
+    Abandon,
+    /// Forget what was kept: the front-end uses the controller without asking for it.
+    Fresh(Sender<()>),
+    /// Drop the sender at the end of a turn: registers that were written before are in the state then.
+    Sync(Sender<()>),
     /// New memory. The sender is dropped when nothing uses memory that is not in it.
     Memory(Arc<GuestMap>, Sender<()>),
     /// A kick has changed.
@@ -46,8 +57,12 @@ pub(super) enum Mail {
     Stopped(PollerEvent),
     /// The attributes of a namespace have changed.
     NamespaceChanged(u32),
+    /// An SSD below has reported on its health.
+    Health(CriticalWarning),
     /// The volatile caches have been flushed for the shutdown of this number.
     Flushed(u64),
+    /// Show that the thread looks at its mail: it drops this.
+    Ping(Sender<()>),
     /// End the thread.
     Stop,
 }
@@ -184,7 +199,7 @@ mod tests {
         let failure = IoFailure {
             sqid: 1,
             cid: 2,
-            status: Status::INTERNAL_ERROR,
+            status: Status::INTERNAL_ERROR.into(),
             nsid: 1,
             lba: 0,
             parameter: 0xFFFF,

@@ -1,10 +1,13 @@
 //! What a controller is and never changes: the checked form of its configuration.
 
+use std::sync::Arc;
+
 use nvme_spec::doorbell::DoorbellStride;
 
+use super::health::{CRITICAL_TEMPERATURE, WARNING_TEMPERATURE};
 use super::identity::Identity;
 use super::{ControllerConfig, ControllerError};
-use crate::backend::Geometry;
+use crate::backend::{Geometry, Traits};
 
 /// Most queue pairs and vectors of a controller.
 const MAX_QUEUES: u16 = 64;
@@ -18,6 +21,8 @@ pub(super) struct NamespaceInfo {
     pub(super) geometry: Geometry,
     pub(super) read_only: bool,
     pub(super) identity: Identity,
+    /// What its SSD says, if it is on one.
+    pub(super) traits: Option<Arc<Traits>>,
 }
 
 /// A controller as Identify shows it.
@@ -36,6 +41,8 @@ pub(super) struct Info {
     pub(super) max_queue_entries: u32,
     pub(super) max_transfer: u32,
     pub(super) doorbell_buffer: bool,
+    /// SGLs are offered.
+    pub(super) sgls: bool,
     pub(super) stride: DoorbellStride,
     pub(super) pci_ids: [u16; 4],
 }
@@ -55,6 +62,7 @@ impl Info {
                 geometry,
                 read_only: ns.read_only || geometry.read_only,
                 identity: Identity::of(ns),
+                traits: ns.backend.traits().copied().map(Arc::new),
             });
         }
         namespaces.sort_by_key(|ns| ns.nsid);
@@ -69,6 +77,8 @@ impl Info {
             max_queue_entries: config.max_queue_entries,
             max_transfer: config.max_transfer,
             doorbell_buffer: config.doorbell_buffer,
+            // What goes to an SSD in the guest's words goes there in PRPs.
+            sgls: config.sgls && !config.namespaces.iter().any(|ns| ns.backend.forwards()),
             stride: DoorbellStride::new(config.doorbell_stride),
             pci_ids: config.pci_ids,
         };
@@ -187,6 +197,23 @@ impl Info {
         Some((at, self.namespaces.get(at)?))
     }
 
+    /// What the SSDs of its namespaces say.
+    pub(super) fn traits(&self) -> impl Iterator<Item = &Traits> {
+        self.namespaces.iter().filter_map(|ns| ns.traits.as_deref())
+    }
+
+    /// WCTEMP and CCTEMP, in kelvins: those of the SSD that is the first to get too hot.
+    pub(super) fn temperatures(&self) -> [u16; 2] {
+        let of = |at: usize| {
+            let told = self.traits().filter_map(move |t| t.temperatures.get(at));
+            told.copied().filter(|kelvins| *kelvins != 0).min()
+        };
+        [
+            of(0).unwrap_or(WARNING_TEMPERATURE),
+            of(1).unwrap_or(CRITICAL_TEMPERATURE),
+        ]
+    }
+
     /// Whether any namespace may lose data that was not flushed.
     pub(super) fn volatile_write_cache(&self) -> bool {
         self.namespaces
@@ -214,6 +241,7 @@ pub(super) mod tests {
             },
             read_only,
             identity: Identity::derived(&format!("sample {nsid}")),
+            traits: None,
         };
         Info {
             name: "sample".into(),
@@ -226,6 +254,7 @@ pub(super) mod tests {
             max_queue_entries: 1024,
             max_transfer: 1 << 20,
             doorbell_buffer: true,
+            sgls: true,
             stride: DoorbellStride::PACKED,
             pci_ids: [0x1234, 0x5678, 0x9abc, 0xdef0],
         }

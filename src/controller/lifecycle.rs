@@ -22,6 +22,8 @@ pub(super) enum Phase {
     Ready,
     /// CSTS.CFS = 1: only a reset helps.
     Failed,
+    /// All there is is in the state; nothing is served until a front-end goes on with it, or another one comes.
+    Suspended,
 }
 
 /// A reset that waits for pollers.
@@ -30,13 +32,40 @@ pub(super) struct Drain {
     detach: bool,
     /// Detach them when this is done.
     then_detach: bool,
+    /// Pollers forget the controller, and what was out and is not done stays in the journal.
+    suspend: bool,
+    /// Suspend it when this is done.
+    pub(super) then_suspend: bool,
     since: Instant,
     warned: bool,
     /// Dropped when all is quiet.
-    waiters: Vec<Sender<()>>,
+    pub(super) waiters: Vec<Sender<()>>,
 }
 
 impl Drain {
+    /// The end of serving a controller whose state is kept.
+    pub(super) fn suspend(waiters: Vec<Sender<()>>) -> Self {
+        Self {
+            detach: true,
+            then_detach: false,
+            suspend: true,
+            then_suspend: false,
+            since: Instant::now(),
+            warned: false,
+            waiters,
+        }
+    }
+
+    /// Whether that is what it is.
+    pub(super) fn is_suspend(&self) -> bool {
+        self.suspend
+    }
+
+    /// Whether the controller is suspended in the end.
+    pub(super) fn ends_suspended(&self) -> bool {
+        self.suspend || self.then_suspend
+    }
+
     /// Whether it takes longer than `limit`; `true` once.
     pub(super) fn is_slow(&mut self, limit: Duration) -> bool {
         let slow = !self.warned && self.since.elapsed() >= limit;
@@ -48,6 +77,9 @@ impl Drain {
 impl Actor {
     /// Follow CC, as far as nothing is in the way.
     pub(super) fn advance(&mut self) {
+        if self.phase == Phase::Suspended {
+            return;
+        }
         let shared = Arc::clone(&self.shared);
         let (cc, disabled) = shared.registers.take_cc();
         if (disabled || !cc.en()) && self.phase != Phase::Disabled && self.drain.is_none() {
@@ -77,13 +109,14 @@ impl Actor {
         };
         match queue {
             Some(queue) => {
+                shared.pin.add(0, admin.acq, queue.cq_size());
                 // What was rung while there was no queue was rung for nothing.
                 shared.window.clear();
                 self.admin = Some(queue);
                 self.phase = Phase::Ready;
                 // A shutdown of the time before is over, however far it came.
                 self.shutdowns = self.shutdowns.wrapping_add(1);
-                shared.registers.set_csts(Csts::new().with_rdy(true));
+                self.csts = Csts::new().with_rdy(true);
                 tracing::debug!(controller = shared.info.name.as_str(), "enabled");
             }
             None => {
@@ -96,47 +129,50 @@ impl Actor {
     /// Controller Fatal Status: nothing of the admin queue is served until the guest resets the controller.
     pub(super) fn fail(&mut self, why: &str) {
         self.complain(&format!("controller fatal status: {why}"));
+        self.post_admin();
         self.admin = None;
+        self.commands.clear();
         self.pending.forget_admin();
         self.forget_deferred();
         self.phase = Phase::Failed;
-        let registers = &self.shared.registers;
-        registers.set_csts(registers.csts().with_cfs(true));
+        self.csts = self.csts.with_cfs(true);
     }
 
     fn shut_down(&mut self, shn: Shn) {
         let shared = Arc::clone(&self.shared);
-        let csts = shared.registers.csts();
+        let csts = self.csts;
         if csts.shst() != Shst::NORMAL {
             return;
         }
         self.shutdowns = self.shutdowns.wrapping_add(1);
         if shn == Shn::ABRUPT || self.volatile.is_empty() {
-            shared.registers.set_csts(csts.with_shst(Shst::COMPLETE));
+            self.csts = csts.with_shst(Shst::COMPLETE);
             return;
         }
-        shared.registers.set_csts(csts.with_shst(Shst::OCCURRING));
+        self.csts = csts.with_shst(Shst::OCCURRING);
         let name = shared.info.name.as_str();
         super::flush::begin(name, self.volatile.clone(), &shared.inbox, self.shutdowns);
     }
 
     /// The caches have been flushed.
     pub(super) fn flushed(&mut self, shutdown: u64) {
-        let registers = &self.shared.registers;
         // A reset in between has made this shutdown pointless.
-        if shutdown == self.shutdowns && registers.csts().shst() == Shst::OCCURRING {
-            registers.set_csts(registers.csts().with_shst(Shst::COMPLETE));
+        if shutdown == self.shutdowns && self.csts.shst() == Shst::OCCURRING {
+            self.csts = self.csts.with_shst(Shst::COMPLETE);
         }
     }
 
     /// Forget everything the guest set up, and have pollers do so. `detach`: they forget the controller as well.
     fn start_drain(&mut self, detach: bool, waiter: Option<Sender<()>>) {
         self.admin = None;
+        self.commands.clear();
         self.shadow = None;
+        self.shadow_used = None;
         self.shutdowns = self.shutdowns.wrapping_add(1);
         self.pending.forget_admin();
         self.forget_move();
         self.queues.clear();
+        self.shared.pin.clear();
         self.features.reset(&self.shared.info);
         self.set_coalescing();
         self.events = super::admin::events::Events::default();
@@ -146,9 +182,13 @@ impl Actor {
             drain.waiters.extend(waiter);
             return;
         }
+        // Their numbers begin anew with a new generation, for which pollers have to come anew.
+        let detach = detach || self.is_old();
         self.drain = Some(Drain {
             detach,
             then_detach: false,
+            suspend: false,
+            then_suspend: false,
             since: Instant::now(),
             warned: false,
             waiters: waiter.into_iter().collect(),
@@ -181,6 +221,13 @@ impl Actor {
             self.watcher = None;
             self.switch.forget_wants();
         }
+        if drain.suspend {
+            self.done.extend(drain.waiters);
+            if let Some((used, done)) = self.going.take() {
+                self.go(used, done);
+            }
+            return;
+        }
         if drain.then_detach {
             let mut waiters = drain.waiters.into_iter();
             self.start_drain(true, waiters.next());
@@ -191,28 +238,48 @@ impl Actor {
         }
         self.shared.window.clear();
         self.phase = Phase::Disabled;
-        self.shared.registers.set_csts(Csts::new());
-        drop(drain.waiters);
+        self.csts = Csts::new();
+        if drain.detach {
+            self.begin_generation();
+        }
+        if drain.then_suspend {
+            self.begin_suspend(drain.waiters);
+            return;
+        }
+        self.done.extend(drain.waiters);
         self.advance();
     }
 
     /// A front-end has come.
     pub(super) fn attach(&mut self, front: Arc<dyn FrontEnd>) {
-        self.shared.registers.reset();
         self.map = GuestMap::empty();
         self.front = Some(front);
         self.switch.reset();
+        let suspending = self.drain.as_ref().is_some_and(Drain::ends_suspended);
+        if self.phase == Phase::Suspended || suspending {
+            // It says what becomes of what was kept.
+            return;
+        }
+        self.shared.registers.reset();
+        self.csts = Csts::new();
         self.health.power_on();
         self.start_drain(true, None);
     }
 
     /// The front-end has gone.
     pub(super) fn detach(&mut self, done: Sender<()>) {
-        let shut_down = self.shared.registers.csts().shst() != Shst::NORMAL;
+        if self.phase == Phase::Suspended {
+            self.kept = None;
+            if self.drain.is_none() {
+                self.start_afresh();
+            }
+        }
+        let shut_down = self.csts.shst() != Shst::NORMAL;
         if self.phase == Phase::Ready && !shut_down {
             self.health.unsafe_shutdown();
         }
         self.shared.registers.reset();
+        self.csts = Csts::new();
         self.front = None;
         self.map = GuestMap::empty();
         self.forget_kicks();
@@ -222,7 +289,18 @@ impl Actor {
 
     /// Reset from outside: the registers too.
     pub(super) fn reset_from_outside(&mut self, done: Sender<()>) {
+        if self.phase == Phase::Suspended {
+            match &mut self.drain {
+                Some(drain) => drain.waiters.push(done),
+                None => {
+                    self.start_afresh();
+                    self.done.push(done);
+                }
+            }
+            return;
+        }
         self.shared.registers.reset();
+        self.csts = Csts::new();
         // The front-end traps doorbells after this: say so, and let pollers ask anew.
         self.switch.forget_wants();
         self.start_drain(false, Some(done));

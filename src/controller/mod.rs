@@ -5,38 +5,49 @@
 
 mod actor;
 mod admin;
+mod commit;
+mod dma;
 mod doorbells;
 mod error_log;
 mod flush;
 mod health;
 mod identity;
+mod image;
 mod inbox;
 mod info;
 mod lifecycle;
 mod moving;
 mod pending;
+mod pin;
 mod placement;
 mod queues;
+mod recover;
 mod registers;
+mod resume;
 #[cfg(test)]
 mod tests;
 mod throttle;
 
 use std::fs::File;
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crossbeam_channel::{RecvTimeoutError, Sender};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
+use nvme_spec::doorbell::DoorbellStride;
+use nvme_spec::log::CriticalWarning;
 
 use crate::backend::Backend;
 use crate::io::Namespace;
 use crate::memory::{DoorbellWindow, GuestMap};
 use crate::poller::sleep::Bed;
 use crate::poller::{ControllerKey, DoorbellMode, PollerPool, Vector};
+use crate::state::Keep;
 use actor::{Actor, Parts, Port, Shared};
+use dma::Dma;
+pub use dma::MemoryError;
 use inbox::{Inbox, Mail};
 use info::Info;
 pub use moving::{MoveError, Placed};
@@ -83,12 +94,16 @@ pub struct ControllerConfig {
     pub max_transfer: u32,
     /// Offer Doorbell Buffer Config.
     pub doorbell_buffer: bool,
+    /// Offer SGLs for I/O commands; where a namespace is on an SSD this process drives, they are not offered all the same.
+    pub sgls: bool,
     /// CAP.DSTRD.
     pub doorbell_stride: u8,
     /// PCI vendor, device, subsystem vendor and subsystem ids.
     pub pci_ids: [u16; 4],
     /// Which pollers serve its queues.
     pub placement: Placement,
+    /// Where its state and its doorbells are kept.
+    pub keep: Arc<Keep>,
 }
 
 /// Why a controller could not be made.
@@ -119,7 +134,8 @@ static NEXT_KEY: AtomicU64 = AtomicU64::new(0);
 /// Dropping the last reference ends its thread; I/O that is out keeps alive what it needs until it is done.
 pub struct Controller {
     shared: Arc<Shared>,
-    instance: Mutex<Option<[u8; 16]>>,
+    dma: Dma,
+    namespaces: Arc<[Namespace]>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -127,7 +143,8 @@ pub struct Controller {
 pub const DRAIN_LIMIT: Duration = Duration::from_secs(5);
 
 impl Controller {
-    /// Make a controller and start its thread. It has no front-end and no memory yet.
+    /// Make a controller and start its thread. It has no front-end and no memory yet. If there is state of a process before us, it
+    /// serves nothing until the front-end that this belongs to says [`Self::go`], or another one uses it.
     ///
     /// # Errors
     ///
@@ -156,7 +173,7 @@ impl Controller {
             );
             return Err(fail(&what, None));
         }
-        let shared = Shared::new(info, handles.len())
+        let shared = Shared::new(info, handles.len(), &config.keep)
             .map_err(|e| fail("its doorbells or its eventfd cannot be made", Some(e)))?;
         let (shared, outbox) = shared;
         let bed = Bed::new().map_err(|e| fail("it has nowhere to sleep", Some(e)))?;
@@ -169,13 +186,9 @@ impl Controller {
             .collect();
         let namespaces = namespaces
             .into_iter()
-            .map(|ns| Namespace {
-                nsid: ns.nsid,
-                backend: Arc::clone(&ns.backend),
-                geometry: ns.backend.geometry(),
-                read_only: ns.read_only || ns.backend.geometry().read_only,
-            })
-            .collect();
+            .map(|ns| Namespace::new(ns.nsid, Arc::clone(&ns.backend), ns.read_only))
+            .collect::<Arc<[_]>>();
+        let (dma, own) = (Dma::of(&namespaces), Arc::clone(&namespaces));
         let actor = Actor::new(Parts {
             shared: Arc::clone(&shared),
             outbox,
@@ -188,6 +201,7 @@ impl Controller {
             namespaces,
             volatile,
             bed,
+            keep: Arc::clone(&config.keep),
         });
         let thread = std::thread::Builder::new()
             .name("nvme-control".into())
@@ -195,7 +209,8 @@ impl Controller {
             .map_err(|e| fail("its thread cannot be started", Some(e)))?;
         Ok(Arc::new(Self {
             shared,
-            instance: Mutex::new(None),
+            dma,
+            namespaces: own,
             thread: Some(thread),
         }))
     }
@@ -215,15 +230,23 @@ impl Controller {
         self.shared.info.queues
     }
 
+    /// Distance of doorbells in the window.
+    pub fn stride(&self) -> DoorbellStride {
+        self.shared.info.stride
+    }
+
     /// PCI vendor, device, subsystem vendor and subsystem ids.
     pub fn pci_ids(&self) -> [u16; 4] {
         self.shared.info.pci_ids
     }
 
-    /// A front-end has come. It starts from scratch: reset registers, no memory, no vectors, trapped doorbells.
+    /// A front-end has come. It starts from scratch: reset registers, no memory, no vectors, trapped doorbells. If state is kept, nothing is
+    /// served or changed until [`Self::go`], or until a register is written without that.
     pub fn attach(&self, front: Arc<dyn FrontEnd>) {
         self.forget_vectors();
+        self.shared.set_instance(None);
         self.shared.window.clear_side();
+        self.shared.pin.set_used(false);
         self.shared.inbox.send(Mail::Attach(front));
     }
 
@@ -231,7 +254,25 @@ impl Controller {
     /// memory any more; `false` if that took longer (the memory then stays mapped until the I/O is done).
     pub fn detach(&self, limit: Duration) -> bool {
         self.forget_vectors();
-        self.wait(limit, Mail::Detach)
+        let done = self.wait(limit, Mail::Detach);
+        self.dma.forget();
+        dma::log_forwarded(self.name(), &self.namespaces);
+        done
+    }
+
+    /// The front-end has gone, or another process is to go on: fetch no more, let what is out finish, then forget memory, vectors and kicks, and keep the
+    /// state. What takes longer than `limit` is left in the journal. Waits, at most twice as long, until no I/O can touch the front-end's memory
+    /// any more; `false` if that took longer. Of a front-end that presented no instance id nothing is kept: [`Self::detach`].
+    pub fn suspend(&self, limit: Duration) -> bool {
+        let mut done = self.wait(limit, Mail::Suspend);
+        if !done {
+            self.shared.inbox.send(Mail::Abandon);
+            done = self.wait(limit, Mail::Suspend);
+        }
+        self.forget_vectors();
+        self.dma.forget();
+        dma::log_forwarded(self.name(), &self.namespaces);
+        done
     }
 
     fn forget_vectors(&self) {
@@ -252,10 +293,14 @@ impl Controller {
         self.shared.registers.read(offset, out);
     }
 
-    /// Write registers: 1, 2, 4 or 8 bytes. What hardware would ignore is ignored.
+    /// Write registers: 1, 2, 4 or 8 bytes. What hardware would ignore is ignored. Waits until the new value is in the state. Whoever writes before
+    /// [`Self::go`] does not want what was kept.
     pub fn write(&self, offset: u32, bytes: &[u8]) {
+        if self.shared.suspended.load(Ordering::Acquire) {
+            self.wait(DRAIN_LIMIT, Mail::Fresh);
+        }
         if self.shared.registers.write(offset, bytes) {
-            self.shared.inbox.wake();
+            self.wait(DRAIN_LIMIT, Mail::Sync);
         }
     }
 
@@ -264,9 +309,16 @@ impl Controller {
         self.wait(limit, Mail::Reset)
     }
 
-    /// The guest's memory has changed. Waits, at most `limit`, until nothing uses memory that is not in `map`.
-    pub fn set_memory(&self, map: Arc<GuestMap>, limit: Duration) -> bool {
-        self.wait(limit, |done| Mail::Memory(map, done))
+    /// The guest's memory has changed. SSDs are shown what is new, then it is used. Waits, at most `limit`, until nothing uses memory that is
+    /// not in `map`.
+    ///
+    /// # Errors
+    ///
+    /// [`MemoryError`]: it takes longer, or an SSD cannot be shown the memory.
+    pub fn set_memory(&self, map: Arc<GuestMap>, limit: Duration) -> Result<(), MemoryError> {
+        self.dma.change(map, limit, |map| {
+            self.wait(limit, |done| Mail::Memory(map, done))
+        })
     }
 
     /// The eventfd that carries interrupt vector `index`.
@@ -274,6 +326,18 @@ impl Controller {
         if let Some(vector) = self.shared.vectors.get(index) {
             vector.set(eventfd);
         }
+    }
+
+    /// The guest has the interrupt pin and nothing else, or not any more. Where it has, Doorbell Buffer Config is not offered: a VMM lowers the pin
+    /// when the guest writes a register.
+    pub fn use_pin(&self, used: bool) {
+        self.shared.pin.set_used(used);
+    }
+
+    /// Whether the interrupt pin is to be raised: there are completions in `map` that the guest has not taken.
+    pub fn is_pin_due(&self, map: &GuestMap) -> bool {
+        let shared = &self.shared;
+        shared.pin.is_due(map, &shared.window, shared.info.stride)
     }
 
     /// The eventfd that the front-end signals when it trapped a doorbell of queue `index`.
@@ -305,19 +369,55 @@ impl Controller {
         placed.recv_timeout(limit).ok()
     }
 
+    /// What tells whether its thread does its work.
+    pub fn pulse(&self) -> Pulse {
+        Pulse(Arc::clone(&self.shared.inbox))
+    }
+
     /// The instance id the front-end presents.
     pub fn set_instance(&self, id: [u8; 16]) {
-        *self.instance.lock().unwrap_or_else(PoisonError::into_inner) = Some(id);
+        self.shared.set_instance(Some(id));
     }
 
     /// The instance id that the front-end presented last.
     pub fn instance(&self) -> Option<[u8; 16]> {
-        *self.instance.lock().unwrap_or_else(PoisonError::into_inner)
+        self.shared.instance()
+    }
+
+    /// What is kept for the instance that the front-end presented: 0 = nothing, 1 = state that [`Self::go`] resumes, 2 = state that
+    /// cannot be resumed.
+    pub fn kept(&self) -> u32 {
+        self.shared.keeping().code(self.shared.instance())
+    }
+
+    /// The front-end has sent everything: its instance id, memory, vectors, kicks. Goes on from the state that is kept for it, if there is any;
+    /// `used`: the guest has used this device, so that without such state only a reset helps, and the guest is told so (CSTS.CFS). Waits, at most
+    /// `limit`, until that is done; `false` if it is not.
+    pub fn go(&self, used: bool, limit: Duration) -> bool {
+        self.wait(limit, |done| Mail::Go(used, done))
+    }
+
+    /// An SSD below has reported on its health: the guest is told, if it wants to know.
+    pub fn health_changed(&self, warning: CriticalWarning) {
+        self.shared.inbox.send(Mail::Health(warning));
     }
 
     /// The attributes of a namespace have changed: the guest is told, if it wants to know.
     pub fn namespace_changed(&self, nsid: u32) {
         self.shared.inbox.send(Mail::NamespaceChanged(nsid));
+    }
+}
+
+/// Tells whether a controller's thread does its work; does not keep the controller.
+#[derive(Clone)]
+pub struct Pulse(Arc<Inbox>);
+
+impl Pulse {
+    /// Ask it. It answers by letting go of the other end, as it does when it ends.
+    pub fn ask(&self) -> Receiver<()> {
+        let (sender, answer) = crossbeam_channel::bounded(0);
+        self.0.send(Mail::Ping(sender));
+        answer
     }
 }
 
@@ -332,9 +432,9 @@ impl Drop for Controller {
 
 impl Shared {
     /// What a controller shares with its actor, and the actor's side of the inbox.
-    fn new(info: Info, pollers: usize) -> io::Result<(Arc<Self>, inbox::Outbox)> {
+    fn new(info: Info, pollers: usize, keep: &Keep) -> io::Result<(Arc<Self>, inbox::Outbox)> {
         let window = usize::try_from(info.window_len()).unwrap_or(usize::MAX);
-        let window = DoorbellWindow::new(window)?;
+        let window = keep.doorbells(window)?;
         let (inbox, outbox) = Inbox::new(pollers)?;
         let shared = Self {
             registers: Registers::new(info.max_queue_entries, info.stride.dstrd()),
@@ -342,8 +442,12 @@ impl Shared {
                 .map(|vring| Arc::new(Vector::new(&window, vring)))
                 .collect(),
             window,
+            pin: pin::Pin::default(),
             inbox,
             info,
+            instance: Mutex::default(),
+            keeping: Mutex::default(),
+            suspended: AtomicBool::new(false),
         };
         Ok((Arc::new(shared), outbox))
     }

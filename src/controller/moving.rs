@@ -1,7 +1,7 @@
 //! Moving a completion queue, with its submission queues, to another poller while the guest uses it.
 //!
-//! One move at a time, in four steps, each of which is a message and its answer: the new poller makes sure it has no old record of the queues
-//! (and that it serves this controller at all), the old one releases them, the new one adopts them, the old one strikes its record out. Admin commands
+//! One move at a time, in three steps, each of which is a message and its answer: the new poller says that it serves this
+//! controller, the old one releases the queues, the new one adopts them. Admin commands
 //! that have to do with queues wait until the move has ended, and end it at once where it waits for I/O: nothing but mailboxes is ever
 //! waited for by the guest. A reset forgets the move; queues that arrive after that are dropped.
 
@@ -59,15 +59,12 @@ enum Step {
     Releasing,
     /// The new poller takes over.
     Adopting,
-    /// The old poller forgets.
-    Forgetting,
 }
 
 /// A move that is under way.
 pub(super) struct Move {
-    number: u64,
+    number: u32,
     cqid: u16,
-    sqids: Vec<u16>,
     from: usize,
     to: usize,
     step: Step,
@@ -81,8 +78,8 @@ pub(super) struct Move {
 impl Actor {
     /// Begin to move a completion queue. What comes of it is sent to `done`.
     pub(super) fn move_queue(&mut self, cqid: u16, to: usize, done: Sender<Result<(), MoveError>>) {
-        let (from, sqids) = match self.movable(cqid, to) {
-            Ok((from, _)) if from == to => {
+        let from = match self.movable(cqid, to) {
+            Ok(from) if from == to => {
                 let _ = done.try_send(Ok(()));
                 return;
             }
@@ -92,12 +89,14 @@ impl Actor {
                 return;
             }
         };
+        let Some(number) = self.next_number() else {
+            let _ = done.try_send(Err(MoveError::GivenUp));
+            return;
+        };
         self.introduce(to);
-        self.moves += 1;
         self.moving = Some(Move {
-            number: self.moves,
+            number,
             cqid,
-            sqids,
             from,
             to,
             step: Step::Preparing,
@@ -105,45 +104,33 @@ impl Actor {
             deferred: Vec::new(),
             done,
         });
-        self.ask_to_forget(to);
+        let token = self.pending.begin(vec![to], Work::Move(number));
+        let key = self.key;
+        self.tell(to, Message::Hello { token, key });
     }
 
-    /// Where a completion queue is, and its submission queues, if all of them can be moved now.
-    fn movable(&self, cqid: u16, to: usize) -> Result<(usize, Vec<u16>), MoveError> {
+    /// Where a completion queue is, if it can be moved now with all its submission queues.
+    fn movable(&self, cqid: u16, to: usize) -> Result<usize, MoveError> {
         if to >= self.ports.len() || !self.placement.allows(to) {
             return Err(MoveError::NoSuchPoller);
         }
         if self.phase != Phase::Ready || self.drain.is_some() {
             return Err(MoveError::NoSuchQueue);
         }
-        if self.moving.is_some() {
+        // An Abort may wait on a poller for a command of these queues.
+        if self.moving.is_some() || self.pending.aborts() > 0 {
             return Err(MoveError::Busy);
         }
         let cq = self.queues.cq(cqid).ok_or(MoveError::NoSuchQueue)?;
-        let sqs = self.queues.sqs_of(cqid);
-        if cq.state != State::Live || sqs.clone().any(|(_, sq)| sq.state != State::Live) {
+        let mut sqs = self.queues.sqs_of(cqid);
+        if cq.state != State::Live || sqs.any(|(_, sq)| sq.state != State::Live) {
             return Err(MoveError::Busy);
         }
-        Ok((cq.poller, sqs.map(|(qid, _)| qid).collect()))
-    }
-
-    /// Have a poller strike out what it has written down of the queues that move.
-    fn ask_to_forget(&mut self, poller: usize) {
-        let Some(moving) = &self.moving else { return };
-        let work = Work::Move(moving.number);
-        let (key, cqid, sqids) = (self.key, moving.cqid, moving.sqids.clone());
-        let token = self.pending.begin(vec![poller], work);
-        let message = Message::Forget {
-            token,
-            key,
-            cqid,
-            sqids,
-        };
-        self.tell(poller, message);
+        Ok(cq.poller)
     }
 
     /// A poller has answered for this move.
-    pub(super) fn go_on_moving(&mut self, number: u64, result: Result<bool, Status>) {
+    pub(super) fn go_on_moving(&mut self, number: u32, result: Result<bool, Status>) {
         let Some(moving) = self.moving.as_mut().filter(|m| m.number == number) else {
             return;
         };
@@ -155,18 +142,13 @@ impl Actor {
                 self.tell(from, Message::Release { token, key, cqid });
             }
             (Step::Preparing | Step::Releasing, _) => self.end_move(Err(MoveError::GivenUp)),
-            (Step::Adopting, Ok(_)) => {
-                moving.step = Step::Forgetting;
-                let from = moving.from;
-                self.ask_to_forget(from);
-            }
+            (Step::Adopting, Ok(_)) => self.end_move(Ok(())),
             (Step::Adopting, Err(status)) => {
                 let (cqid, controller) = (moving.cqid, self.shared.info.name.as_str());
                 tracing::error!(controller, cqid, "a poller did not take a queue: {status}");
                 self.events.raise(AsyncEvent::TRANSIENT_INTERNAL_ERROR);
                 self.end_move(Err(MoveError::GivenUp));
             }
-            (Step::Forgetting, _) => self.end_move(Ok(())),
         }
     }
 
@@ -229,7 +211,7 @@ impl Actor {
         tracing::debug!(controller, cqid, from, to, ?result, "queue moved");
         let _ = moving.done.try_send(result);
         for sqe in &moving.deferred {
-            self.execute(sqe);
+            self.execute_again(sqe);
         }
     }
 

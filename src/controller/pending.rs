@@ -15,8 +15,10 @@ pub(super) enum Work {
     Admin(AdminWork),
     /// A reset or detach.
     Drain,
+    /// Queues that were found again are given to a poller.
+    Resume,
     /// A step of the move of this number.
-    Move(u64),
+    Move(u32),
     /// New memory; the sender is dropped when it is in use everywhere.
     Memory {
         /// Held for its drop only.

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::image::{CqImage, SqImage};
 use crate::poller::stats::QueueStats;
 
 /// Where a queue is in its life.
@@ -17,6 +18,7 @@ pub(super) enum State {
 pub(super) struct Cq {
     pub(super) state: State,
     pub(super) poller: usize,
+    pub(super) image: CqImage,
 }
 
 /// A submission queue.
@@ -25,6 +27,7 @@ pub(super) struct Sq {
     pub(super) state: State,
     pub(super) poller: usize,
     pub(super) cqid: u16,
+    pub(super) image: SqImage,
 }
 
 /// All I/O queues of a controller, and the counters of each identifier (which stay when a queue goes).
@@ -92,6 +95,24 @@ impl Queues {
         all.filter_map(move |(qid, sq)| Some((qid, sq.as_ref().filter(|sq| sq.cqid == cqid)?)))
     }
 
+    /// The queues that the guest knows of, to be written down: those it has been told of, as long as it has not been told that they are gone.
+    pub(super) fn image(&self) -> (Vec<CqImage>, Vec<SqImage>) {
+        let cqs = self
+            .cqs
+            .iter()
+            .flatten()
+            .filter(|q| q.state != State::Creating);
+        let sqs = self
+            .sqs
+            .iter()
+            .flatten()
+            .filter(|q| q.state != State::Creating);
+        (
+            cqs.map(|q| q.image.clone()).collect(),
+            sqs.map(|q| q.image.clone()).collect(),
+        )
+    }
+
     /// A completion queue and its submission queues are on another poller now.
     pub(super) fn moved(&mut self, cqid: u16, to: usize) {
         if let Some(cq) = self.cqs.get_mut(usize::from(cqid)).and_then(Option::as_mut) {
@@ -149,17 +170,23 @@ mod tests {
         assert!(q.cq_slot(0).is_none() && q.sq_slot(0).is_none());
         assert!(q.cq_slot(3).is_none() && q.sq_slot(u16::MAX).is_none());
         let state = State::Live;
-        *q.cq_slot(1).unwrap() = Some(Cq { state, poller: 1 });
+        let cq = |poller| Cq {
+            state,
+            poller,
+            image: CqImage::default(),
+        };
+        *q.cq_slot(1).unwrap() = Some(cq(1));
         *q.sq_slot(2).unwrap() = Some(Sq {
             state,
             poller: 1,
             cqid: 1,
+            image: SqImage::default(),
         });
         assert!(q.is_used(1) && !q.is_used(2) && !q.is_empty());
         assert_eq!(q.loads(2), [0, 2]);
         let pollers = |q: &Queues, qid| q.pollers_of_kick(qid).collect::<Vec<_>>();
         assert_eq!((pollers(&q, 2), pollers(&q, 1)), (vec![1], vec![1]));
-        *q.cq_slot(2).unwrap() = Some(Cq { state, poller: 0 });
+        *q.cq_slot(2).unwrap() = Some(cq(0));
         assert_eq!((pollers(&q, 2), pollers(&q, 0)), (vec![1, 0], vec![]));
         q.clear();
         assert!(q.is_empty());

@@ -6,6 +6,8 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use serde::{Deserialize, Serialize};
+
 use nvme_spec::regs::{Aqa, Cap, Cc, Crto, Csts, Vs, css, offset};
 
 /// Worst time to become ready, in units of 500 ms (CAP.TO and CRTO): a reset waits for I/O that is out.
@@ -21,8 +23,8 @@ const AQA_MASK: u32 = 0x0FFF_0FFF;
 pub(super) const VERSION: Vs = Vs::V2_0;
 
 /// What the guest has written.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Host {
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Host {
     mask: u32,
     cc: u32,
     aqa: u32,
@@ -110,22 +112,47 @@ impl Registers {
         }
     }
 
-    /// A write of the guest; whether CC has changed. Only aligned writes of 4 and 8 bytes reach a register.
+    /// A write of the guest; whether anything has changed. Only aligned writes of 4 and 8 bytes reach a register.
     pub(super) fn write(&self, at: u32, bytes: &[u8]) -> bool {
         let mut host = self.host();
+        let before = *host;
         match *bytes {
             [a, b, c, d] if at.is_multiple_of(4) => {
-                write_dword(&mut host, at, u32::from_le_bytes([a, b, c, d]))
+                write_dword(&mut host, at, u32::from_le_bytes([a, b, c, d]));
             }
             [a, b, c, d, e, f, g, h] if at.is_multiple_of(8) => {
-                let low = write_dword(&mut host, at, u32::from_le_bytes([a, b, c, d]));
-                let high = at
-                    .checked_add(4)
-                    .is_some_and(|at| write_dword(&mut host, at, u32::from_le_bytes([e, f, g, h])));
-                low || high
+                write_dword(&mut host, at, u32::from_le_bytes([a, b, c, d]));
+                if let Some(at) = at.checked_add(4) {
+                    write_dword(&mut host, at, u32::from_le_bytes([e, f, g, h]));
+                }
             }
-            _ => false,
+            _ => {}
         }
+        *host != before
+    }
+
+    /// What the guest has written, to be restored.
+    pub(super) fn image(&self) -> Host {
+        *self.host()
+    }
+
+    /// What a guest had written before.
+    pub(super) fn restore(&self, image: Host) {
+        *self.host() = Host {
+            mask: image.mask,
+            cc: image.cc & CC_MASK,
+            aqa: image.aqa & AQA_MASK,
+            ..image
+        };
+    }
+
+    /// As if the guest had enabled the controller: a failure that nobody knows the beginning of stays until it is reset.
+    pub(super) fn pretend_enabled(&self) {
+        let cc = Cc::new().with_en(true).with_iosqes(6).with_iocqes(4);
+        *self.host() = Host {
+            cc: cc.into_bits(),
+            ..Host::default()
+        };
     }
 
     /// CC as it is now, and whether EN has been 0 since the last call.
@@ -160,14 +187,13 @@ impl Registers {
         self.csts.store(csts.into_bits(), Ordering::Release);
     }
 
-    /// Everything back to the value it has after power-on.
+    /// What the guest wrote, back to what it is after power-on.
     pub(super) fn reset(&self) {
         *self.host() = Host::default();
-        self.set_csts(Csts::new());
     }
 }
 
-fn write_dword(host: &mut Host, at: u32, value: u32) -> bool {
+fn write_dword(host: &mut Host, at: u32, value: u32) {
     const ASQ_HIGH: u32 = offset::ASQ + 4;
     const ACQ_HIGH: u32 = offset::ACQ + 4;
     const LOW: u64 = 0xFFFF_FFFF;
@@ -177,9 +203,8 @@ fn write_dword(host: &mut Host, at: u32, value: u32) -> bool {
         offset::INTMC => host.mask &= !value,
         offset::CC => {
             let new = value & CC_MASK;
-            let old = std::mem::replace(&mut host.cc, new);
+            host.cc = new;
             host.disabled |= !Cc::from_bits(new).en();
-            return old != new;
         }
         offset::AQA => host.aqa = value & AQA_MASK,
         offset::ASQ => host.asq = host.asq & !LOW | u64::from(value),
@@ -189,7 +214,6 @@ fn write_dword(host: &mut Host, at: u32, value: u32) -> bool {
         // CSTS.NSSRO never is 1, NSSR is not supported (CAP.NSSRS), the rest does not exist.
         _ => {}
     }
-    false
 }
 
 #[cfg(test)]
@@ -229,10 +253,11 @@ mod tests {
     #[test]
     fn queue_addresses_are_written_whole_and_in_halves() {
         let r = Registers::new(64, 0);
-        assert!(!r.write(offset::ASQ, &0x1234_5678_9abc_d000u64.to_le_bytes()));
-        assert!(!r.write(offset::ACQ + 4, &7u32.to_le_bytes()));
-        assert!(!r.write(offset::ACQ, &0x2000u32.to_le_bytes()));
-        assert!(!r.write(offset::AQA, &u32::MAX.to_le_bytes()));
+        assert!(r.write(offset::ASQ, &0x1234_5678_9abc_d000u64.to_le_bytes()));
+        assert!(r.write(offset::ACQ + 4, &7u32.to_le_bytes()));
+        assert!(r.write(offset::ACQ, &0x2000u32.to_le_bytes()));
+        assert!(!r.write(offset::ACQ, &0x2000u32.to_le_bytes()), "the same");
+        assert!(r.write(offset::AQA, &u32::MAX.to_le_bytes()));
         let admin = r.admin();
         assert_eq!(
             (admin.asq, admin.acq),

@@ -6,7 +6,11 @@ use crate::config::{Log, LogFormat};
 
 /// Start to log. A second call in a process changes nothing.
 pub fn start(log: &Log) {
-    let filter = EnvFilter::try_new(&log.level).unwrap_or_else(|_| EnvFilter::new("info"));
+    let mut filter = EnvFilter::try_new(&log.level).unwrap_or_else(|_| EnvFilter::new("info"));
+    // What it says that matters it returns; and it takes the way in which we close a device for an error.
+    if let Ok(off) = "vfio_ioctls=off".parse() {
+        filter = filter.add_directive(off);
+    }
     let lines = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

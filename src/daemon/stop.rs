@@ -1,4 +1,4 @@
-//! What ends the daemon: signals, panics, and the last front-end's leave.
+//! What the main thread hears of: signals, panics, and the last front-end's leave.
 
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR2};
 
 /// Threads whose panic ends a connection, and is dealt with there. All others end the process.
 pub const CONNECTION_THREADS: &str = "vu-";
@@ -22,6 +22,8 @@ const EXIT_AT_ONCE: i32 = 1;
 pub enum Event {
     /// SIGTERM or SIGINT.
     Signal,
+    /// SIGUSR2: hand over to the program that is installed now.
+    Upgrade,
     /// A [`Waker`].
     Other,
 }
@@ -31,6 +33,7 @@ pub struct Events {
     receiver: UnixStream,
     sender: UnixStream,
     signalled: Arc<AtomicBool>,
+    upgrade: Arc<AtomicBool>,
 }
 
 /// Makes the main thread look.
@@ -62,10 +65,14 @@ impl Events {
             signal_hook::flag::register(signal, Arc::clone(&signalled))?;
             signal_hook::low_level::pipe::register(signal, sender.try_clone()?)?;
         }
+        let upgrade = Arc::new(AtomicBool::new(false));
+        signal_hook::flag::register(SIGUSR2, Arc::clone(&upgrade))?;
+        signal_hook::low_level::pipe::register(SIGUSR2, sender.try_clone()?)?;
         Ok(Self {
             receiver,
             sender,
             signalled,
+            upgrade,
         })
     }
 
@@ -80,12 +87,27 @@ impl Events {
 
     /// Wait for an event.
     pub fn wait(&self) -> Event {
-        self.sleep(None);
-        if self.signalled.load(Ordering::Acquire) {
+        // What woke others before may have been meant for this.
+        if !self.signalled() {
+            self.sleep(None);
+        }
+        if self.signalled() {
             Event::Signal
+        } else if self.upgrade.swap(false, Ordering::AcqRel) {
+            Event::Upgrade
         } else {
             Event::Other
         }
+    }
+
+    /// Whether SIGTERM or SIGINT has come.
+    pub fn signalled(&self) -> bool {
+        self.signalled.load(Ordering::Acquire)
+    }
+
+    /// Signals for an upgrade that came until now asked for the one that has just been tried.
+    pub fn forget_upgrade(&self) {
+        self.upgrade.store(false, Ordering::Release);
     }
 
     /// Wait for any event, or until `deadline`.

@@ -16,10 +16,13 @@ use nvme_spec::{Cqe, Sqe, StatusField};
 use zerocopy::FromBytes;
 
 use super::bringup::Pause;
-use super::{Completion, Device, Driver, DriverError, QueueConfig};
+use super::{Access, Completion, Device, Driver, DriverError, QueueConfig};
 
 /// User value of Asynchronous Event Requests.
 const EVENT: u64 = u64::MAX;
+
+/// Namespaces that are listed.
+const MAX_NAMESPACES: usize = 65536;
 
 /// Largest piece of a log page read at once.
 const LOG_CHUNK: usize = 4096;
@@ -141,7 +144,7 @@ impl<D: Device> Driver<D> {
         let page = self.page.bytes() as usize;
         let data = self
             .device
-            .allocate(len.min(2 * page))
+            .allocate(len.min(2 * page), Access::ReadWrite)
             .map_err(DriverError::device("allocating memory for an answer"))?;
         let prp2 = if len > page {
             data.addr() + page as u64
@@ -228,7 +231,8 @@ impl<D: Device> Driver<D> {
                     all.push(nsid);
                 }
             }
-            if all.len() - before < 1024 {
+            // Nor does one that never stops.
+            if all.len() - before < 1024 || all.len() >= MAX_NAMESPACES {
                 return Ok(all);
             }
         }

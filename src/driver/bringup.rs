@@ -10,9 +10,10 @@ use nvme_spec::prp::PageSize;
 use nvme_spec::regs::{Aqa, Cap, Cc, CommandSetSelected, Csts, Shn, Shst, Vs, css, offset};
 use nvme_spec::ring::RingSize;
 
-use super::queue::{Parts, QueueConfig, QueuePair, depth_of, lists_for};
+use super::lists::Lists;
+use super::queue::{Parts, QueueConfig, QueuePair, depth_of};
 use super::shadow::ShadowBuffers;
-use super::{Completion, Device, DriverError};
+use super::{Access, Completion, Device, DriverError};
 
 /// What a driver is started with.
 #[derive(Clone, Copy, Debug)]
@@ -25,6 +26,8 @@ pub struct Options {
     pub admin_timeout: Duration,
     /// Least time a controller is given to become ready, whatever CAP.TO says.
     pub least_ready_timeout: Duration,
+    /// Most time it is given, whatever CAP.TO says.
+    pub most_ready_timeout: Duration,
 }
 
 impl Default for Options {
@@ -34,6 +37,7 @@ impl Default for Options {
             max_transfer: 1 << 20,
             admin_timeout: Duration::from_secs(10),
             least_ready_timeout: Duration::from_secs(2),
+            most_ready_timeout: Duration::from_secs(128),
         }
     }
 }
@@ -131,11 +135,15 @@ fn disable<D: Device>(device: &mut D, timeout: Duration) -> Result<(), DriverErr
         })?;
     }
     if cc.en() {
-        // EN must not fall while RDY has not followed it yet; a controller in fatal state never gets ready.
+        // EN must not fall while RDY has not followed it yet; a controller in fatal state never gets ready. One that never does is
+        // broken, and disabled all the same.
         if !csts.rdy() && !csts.cfs() && csts.shst() == Shst::NORMAL {
-            wait_csts(device, "waiting for an enable to end", timeout, |s| {
+            let waited = wait_csts(device, "waiting for an enable to end", timeout, |s| {
                 Ok(s.rdy() || s.cfs())
-            })?;
+            });
+            if !matches!(waited, Ok(()) | Err(DriverError::Timeout { .. })) {
+                return waited;
+            }
         }
         write_cc(device, cc.with_en(false).with_shn(Shn::NONE))?;
     }
@@ -167,6 +175,9 @@ impl<D: Device> Driver<D> {
         }
         if cap.css() & (css::NVM | css::IO_COMMAND_SETS) == 0 {
             return Err(DriverError::Unsupported("the NVM command set"));
+        }
+        if cap.mqes_z() == 0 {
+            return Err(DriverError::Unsupported("queues of two entries"));
         }
         let timeout = ready_timeout(cap, &options);
         disable(&mut device, timeout)?;
@@ -320,7 +331,8 @@ impl<D: Device> Driver<D> {
         write_cc(&mut self.device, cc.with_shn(shn))?;
         // RTD3 Entry Latency, in microseconds, is what a normal shutdown may take.
         let after = ready_timeout(self.cap, &self.options)
-            .max(Duration::from_micros(u64::from(self.identify.rtd3e)));
+            .max(Duration::from_micros(u64::from(self.identify.rtd3e)))
+            .min(self.options.most_ready_timeout);
         wait_csts(&mut self.device, "shutting down", after, |s| {
             if s.cfs() {
                 return Err(DriverError::Fatal {
@@ -391,11 +403,11 @@ impl<D: Device> Driver<D> {
         let buffers = ShadowBuffers {
             doorbells: self
                 .device
-                .allocate(page)
+                .allocate(page, Access::ReadOnly)
                 .map_err(DriverError::device(what))?,
             event_idx: self
                 .device
-                .allocate(page)
+                .allocate(page, Access::ReadWrite)
                 .map_err(DriverError::device(what))?,
         };
         let words = |qid| shadow_words(&buffers, self.stride, qid, self.page);
@@ -435,7 +447,20 @@ fn shadow_words(
 }
 
 fn ready_timeout(cap: Cap, options: &Options) -> Duration {
-    (Duration::from_millis(500) * u32::from(cap.to())).max(options.least_ready_timeout)
+    (Duration::from_millis(500) * u32::from(cap.to()))
+        .max(options.least_ready_timeout)
+        .min(options.most_ready_timeout)
+}
+
+/// Disable a controller, whatever state it is in. It reaches no memory then.
+pub(super) fn stop<D: Device>(device: &mut D, options: &Options) -> Result<(), DriverError> {
+    let bits = device
+        .read64(offset::CAP)
+        .map_err(DriverError::device("reading CAP"))?;
+    if bits == u64::MAX {
+        return Err(DriverError::Gone);
+    }
+    disable(device, ready_timeout(Cap::from_bits(bits), options))
 }
 
 /// Memory, doorbells and interrupt of a queue pair, with the device addresses of the submission and the completion queue.
@@ -450,18 +475,16 @@ fn make_queue<D: Device>(
         0 => limit,
         wanted => wanted.min(limit),
     };
-    let list_bytes = u64::from(depth_of(&config))
-        * u64::from(lists_for(max_transfer, page))
-        * u64::from(page.bytes());
     let what = "allocating a queue";
-    let memory = |device: &mut D, bytes: u64| {
-        device
-            .allocate(usize::try_from(bytes).unwrap_or(usize::MAX))
-            .map_err(DriverError::device(what))
+    let mut memory = |bytes: usize, access| {
+        let memory = device.allocate(bytes, access);
+        memory.map_err(DriverError::device(what))
     };
-    let sq = memory(device, u64::from(config.sq_size.get()) * 64)?;
-    let cq = memory(device, u64::from(config.cq_size.get()) * 16)?;
-    let lists = memory(device, list_bytes)?;
+    let sq = memory(config.sq_size.get() as usize * 64, Access::ReadOnly)?;
+    let cq = memory(config.cq_size.get() as usize * 16, Access::ReadWrite)?;
+    let lists = Lists::new(page, depth_of(&config), max_transfer, false, |bytes| {
+        memory(bytes, Access::ReadOnly)
+    })?;
     let bell = |device: &mut D, which| {
         device
             .doorbell(stride.window_offset(which))
@@ -475,8 +498,6 @@ fn make_queue<D: Device>(
         lists,
         sq_bell: bell(device, Which::Sq(config.qid))?,
         cq_bell: bell(device, Which::Cq(config.qid))?,
-        page,
-        max_transfer,
         interrupt: match config.vector {
             Some(vector) => device
                 .interrupt(vector)

@@ -1,82 +1,18 @@
-//! Memory a device can reach, mapped here: the fence of the driver.
+//! Memory a device can reach.
 //!
 //! A [`Mapping`] is a shared mapping of a file, a [`DmaPool`] gives out pages of one, a [`Dma`] is such a piece. Nobody gets a
 //! reference into any of them: they are read and written by copying, or as a [`Ring`](crate::memory::Ring) or
 //! [`SharedWord`](crate::memory::SharedWord) over [`Dma::map`].
 
-#![expect(unsafe_code, reason = "the fence: a shared mapping is made here")]
-
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use rustix::mm::{MapFlags, ProtFlags};
-
+pub use crate::memory::Mapping;
 use crate::memory::{GuestMap, Region};
 
 /// Granularity of a [`DmaPool`]: the smallest memory page of NVMe.
 pub const PAGE: u64 = 4096;
-
-/// A shared, writable mapping of a part of a file.
-pub struct Mapping {
-    base: *mut u8,
-    bytes: usize,
-}
-
-// SAFETY: the pointer is only used through `Region`, whose users copy.
-unsafe impl Send for Mapping {}
-// SAFETY: as above.
-unsafe impl Sync for Mapping {}
-
-impl Mapping {
-    /// Map `bytes` bytes of `file` from `offset` (a multiple of the page size) on, and show them at `address` of a
-    /// [`GuestMap`] of their own.
-    ///
-    /// # Errors
-    ///
-    /// The file is shorter than that, or what the kernel says.
-    pub fn map(
-        file: &impl AsFd,
-        offset: u64,
-        bytes: usize,
-        address: u64,
-    ) -> io::Result<Arc<Region>> {
-        let size = u64::try_from(rustix::fs::fstat(file)?.st_size).unwrap_or(0);
-        let end = offset.checked_add(bytes as u64);
-        if bytes == 0 || end.is_none_or(|end| end > size) {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidInput,
-                "the file is shorter than the mapping",
-            ));
-        }
-        // SAFETY: a new shared mapping at an address of the kernel's choice touches nothing that exists.
-        let base = unsafe {
-            rustix::mm::mmap(
-                std::ptr::null_mut(),
-                bytes,
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::SHARED,
-                file,
-                offset,
-            )?
-        };
-        let base = base.cast();
-        let owner = Arc::new(Self { base, bytes });
-        // SAFETY: the mapping is readable, writable and shared, it stays until `owner` is dropped, and nobody has or gets a
-        // reference into it.
-        Ok(Arc::new(unsafe {
-            Region::new(address, bytes as u64, base, owner)
-        }))
-    }
-}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        // SAFETY: our own mapping; whoever could use it held an `Arc` of us.
-        let _ = unsafe { rustix::mm::munmap(self.base.cast(), self.bytes) };
-    }
-}
 
 /// A memfd of `bytes` bytes: memory that can be shared with another process.
 ///

@@ -177,7 +177,7 @@ impl Device for Fake {
         })
     }
 
-    fn allocate(&mut self, bytes: usize) -> io::Result<Dma> {
+    fn allocate(&mut self, bytes: usize, _: Access) -> io::Result<Dma> {
         self.pool.allocate(bytes)
     }
 
@@ -431,11 +431,11 @@ fn a_device_that_never_answers_is_given_up() {
 
 #[test]
 fn data_goes_there_and_back_at_every_offset_and_length() {
-    let mut fake = Fake::new(Wrong::Nothing);
+    let fake = Fake::new(Wrong::Nothing);
     let mut driver = Driver::bring_up(fake.clone(), options()).unwrap();
     let mut pair = driver.create_queue_pair(queue(1, 16)).unwrap();
-    let from = fake.allocate(200 << 10).unwrap();
-    let to = fake.allocate(200 << 10).unwrap();
+    let from = fake.pool.allocate(200 << 10).unwrap();
+    let to = fake.pool.allocate(200 << 10).unwrap();
     let pattern: Vec<u8> = (0..from.len()).map(|i| (i * 7 + i / 509) as u8).collect();
     from.write(0, &pattern);
     for (offset, blocks) in [(0, 1), (4, 8), (512, 16), (4092, 255), (0, 256), (2048, 17)] {

@@ -7,15 +7,24 @@
 //! - [`Device`] is the seam: registers, doorbells, DMA memory, interrupts.
 //! - [`Driver`] brings a controller up from any state and speaks on the admin queue.
 //! - [`QueuePair`] is the data path: owned by one thread, polled, no allocation and no lock per command.
+//! - [`Ssd`] keeps a controller alive whatever it does (timeouts, resets, events, removal); a [`Lane`] is a queue pair of it that
+//!   survives that, for one poller.
+//! - [`AddressSpace`] is where memory is shown to the device.
 //!
 //! It knows nothing of guests and nothing of the emulated controller.
 
 mod admin;
+mod any;
 mod bringup;
 pub mod dma;
+mod lists;
+pub mod pci;
 mod queue;
 mod shadow;
+mod space;
+pub mod ssd;
 mod tags;
+pub mod vfio;
 
 #[cfg(test)]
 mod fake;
@@ -26,9 +35,15 @@ use std::time::Duration;
 
 use nvme_spec::StatusField;
 
+pub use any::{AnyDevice, erase};
 pub use bringup::{Driver, Options};
 pub use dma::{Dma, DmaPool};
 pub use queue::{Completion, Counters, Fault, QueueConfig, QueuePair, SubmitError, wait_for};
+pub use space::{Access, AddressSpace, MapMemoryError, Mapped, POOLS_SPAN, Pools};
+pub use ssd::{
+    FlushError, Lane, LaneError, OnReset, Ssd, SsdCounters, SsdEvent, SsdNamespace, SsdOptions,
+    SsdState,
+};
 
 /// One doorbell register, usable from the thread that owns the queue.
 pub trait Doorbell: Send {
@@ -76,12 +91,13 @@ pub trait Device {
     /// There is no doorbell at that offset.
     fn doorbell(&mut self, offset: u64) -> io::Result<Self::Bell>;
 
-    /// Zeroed memory the device can reach: page aligned, contiguous for both sides.
+    /// Zeroed memory the device can reach, at least as `access` says: page aligned, contiguous for both sides. Where the device
+    /// reaches other people's memory too, what is [`Access::ReadOnly`] must be so for it.
     ///
     /// # Errors
     ///
     /// There is no such piece left.
-    fn allocate(&mut self, bytes: usize) -> io::Result<Dma>;
+    fn allocate(&mut self, bytes: usize, access: Access) -> io::Result<Dma>;
 
     /// The eventfd (non-blocking) behind an interrupt vector; `None` if the device has no such vector or does not interrupt.
     ///
@@ -89,6 +105,35 @@ pub trait Device {
     ///
     /// The way to the device is broken.
     fn interrupt(&mut self, vector: u16) -> io::Result<Option<File>>;
+
+    /// Reset it by other means than its registers (a function level reset), after which it can be brought up again. Whether there
+    /// is such a means.
+    ///
+    /// # Errors
+    ///
+    /// It did not work.
+    fn hard_reset(&mut self) -> io::Result<bool> {
+        Ok(false)
+    }
+
+    /// Keep it from reaching memory from now on (bus mastering off): it did not stop when told to, and is given up.
+    ///
+    /// # Errors
+    ///
+    /// It did not work.
+    fn isolate(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// An eventfd that becomes readable when the device is to be let go of: it was pulled, or the host wants it back. `None` if
+    /// nobody would tell.
+    ///
+    /// # Errors
+    ///
+    /// File descriptors ran out.
+    fn removal(&mut self) -> io::Result<Option<File>> {
+        Ok(None)
+    }
 }
 
 /// Why something a driver wanted did not happen.

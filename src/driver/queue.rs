@@ -4,12 +4,12 @@ use std::fs::File;
 use std::io::{self, Read as _};
 use std::time::Duration;
 
-use nvme_spec::prp::{self, BuildError, PageSize, WriteList};
+use nvme_spec::prp::BuildError;
 use nvme_spec::ring::{Phase, RingSize};
 use nvme_spec::{Cqe, Sqe, Status};
 use rustix::event::{PollFd, PollFlags, Timespec};
-use zerocopy::IntoBytes as _;
 
+use super::lists::Lists;
 use super::shadow::{Bell, Shadow};
 use super::tags::{BadTag, Tags};
 use super::{Dma, Doorbell};
@@ -101,10 +101,7 @@ pub struct QueuePair<B> {
     cq_bell: Bell<B>,
     counters: Counters,
     // What follows is not needed for a small transfer.
-    page: PageSize,
-    max_transfer: u32,
-    lists: Dma,
-    lists_per_slot: u32,
+    lists: Lists,
     qid: u16,
     fault: Option<Fault>,
     interrupt: Option<File>,
@@ -116,11 +113,9 @@ pub(super) struct Parts<B> {
     pub(super) config: QueueConfig,
     pub(super) sq: Dma,
     pub(super) cq: Dma,
-    pub(super) lists: Dma,
+    pub(super) lists: Lists,
     pub(super) sq_bell: B,
     pub(super) cq_bell: B,
-    pub(super) page: PageSize,
-    pub(super) max_transfer: u32,
     pub(super) interrupt: Option<File>,
 }
 
@@ -130,25 +125,6 @@ pub(super) fn depth_of(config: &QueueConfig) -> u32 {
     match config.depth {
         0 => most.min(1024),
         wanted => wanted.min(most),
-    }
-}
-
-/// List pages a transfer of `bytes` can need.
-pub(super) fn lists_for(bytes: u32, page: PageSize) -> u32 {
-    if bytes <= page.bytes() {
-        return 0; // two pages at most: PRP1 and PRP2
-    }
-    // All pages but the first are in the lists; the last entry of each list but the last is a pointer.
-    let entries = bytes.div_ceil(page.bytes());
-    entries.div_ceil((page.bytes() / 8) - 1)
-}
-
-struct ListMemory<'a>(&'a Dma);
-
-impl WriteList for ListMemory<'_> {
-    fn write(&mut self, addr: u64, entries: &[u64]) {
-        let offset = addr.saturating_sub(self.0.addr());
-        self.0.write(offset as usize, entries.as_bytes());
     }
 }
 
@@ -174,10 +150,7 @@ impl<B: Doorbell> QueuePair<B> {
             sq_bell: Bell::new(parts.sq_bell),
             cq_bell: Bell::new(parts.cq_bell),
             counters: Counters::default(),
-            page: parts.page,
-            max_transfer: parts.max_transfer,
             lists: parts.lists,
-            lists_per_slot: lists_for(parts.max_transfer, parts.page),
             qid,
             fault: None,
             interrupt: parts.interrupt,
@@ -200,9 +173,14 @@ impl<B: Doorbell> QueuePair<B> {
         self.tags.depth()
     }
 
+    /// Entries of the completion queue: no more completions can be there at once.
+    pub fn entries(&self) -> u32 {
+        self.cq_size.get()
+    }
+
     /// Largest transfer in bytes.
     pub fn max_transfer(&self) -> u32 {
-        self.max_transfer
+        self.lists.max_transfer()
     }
 
     /// What happened so far.
@@ -246,9 +224,10 @@ impl<B: Doorbell> QueuePair<B> {
         len: u32,
         user: u64,
     ) -> Result<u16, SubmitError> {
-        let offset = self.page.offset(addr);
+        let page = self.lists.page();
+        let offset = page.offset(addr);
         let first = addr - u64::from(offset);
-        let step = u64::from(self.page.bytes());
+        let step = u64::from(page.bytes());
         let pages = (0..).map(move |i: u64| first.wrapping_add(i.wrapping_mul(step)));
         self.submit_pages(sqe, pages, offset, len, user)
     }
@@ -266,29 +245,15 @@ impl<B: Doorbell> QueuePair<B> {
         len: u32,
         user: u64,
     ) -> Result<u16, SubmitError> {
-        if len > self.max_transfer {
-            return Err(SubmitError::TooLong);
-        }
         let (slot, cid) = self.tags.claim(user).ok_or(SubmitError::Full)?;
-        let page = u64::from(self.page.bytes());
-        let base = self.lists.addr() + u64::from(slot) * u64::from(self.lists_per_slot) * page;
-        let lists = (0..u64::from(self.lists_per_slot)).map(|i| base + i * page);
-        let prps = prp::build(
-            self.page,
-            pages,
-            offset,
-            len,
-            lists,
-            &mut ListMemory(&self.lists),
-        );
-        match prps {
+        match self.lists.describe(slot, pages, offset, len) {
             Ok(prps) => {
                 self.push(sqe.with_cid(cid).with_prps(prps.prp1, prps.prp2));
                 Ok(cid)
             }
             Err(e) => {
                 let _ = self.tags.release(cid);
-                Err(e.into())
+                Err(e)
             }
         }
     }

@@ -3,7 +3,8 @@
 use nvme_spec::{Sqe, Status};
 
 use super::parse::in_range;
-use super::segments::walk;
+use super::segments::walk_data;
+use crate::backend::BlockRange;
 use crate::memory::GuestMap;
 
 /// Most ranges a command can have (NVM Command Set, Dataset Management, NR).
@@ -12,32 +13,23 @@ pub const MAX_RANGES: usize = 256;
 /// Bytes of a range definition: context attributes, length in blocks, starting LBA.
 const RANGE_BYTES: usize = 16;
 
-/// A checked range of blocks.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Range {
-    /// First block.
-    pub slba: u64,
-    /// Blocks, at least 1.
-    pub blocks: u32,
-}
-
 /// Copy a command's ranges in, once, and check all of them against a namespace of `size` blocks. Empty ranges are left out.
 ///
 /// # Errors
 ///
-/// As [`resolve`](super::resolve); [`Status::LBA_OUT_OF_RANGE`] if any range is.
+/// As [`resolve`](super::resolve) and [`resolve_sgl`](super::resolve_sgl); [`Status::LBA_OUT_OF_RANGE`] if any range is.
 pub fn read_ranges(
     map: &GuestMap,
     sqe: &Sqe,
     count: u32,
     size: u64,
-    out: &mut Vec<Range>,
+    out: &mut Vec<BlockRange>,
 ) -> Result<(), Status> {
     let mut bytes = [0u8; MAX_RANGES * RANGE_BYTES];
     let count = (count as usize).min(MAX_RANGES);
     let bytes = &mut bytes[..count * RANGE_BYTES];
     let mut done = 0;
-    walk(map, sqe.prp1, sqe.prp2, bytes.len() as u32, |segment| {
+    walk_data(map, sqe, bytes.len() as u32, |segment| {
         let end = done + segment.len as usize;
         let piece = bytes.get_mut(done..end).ok_or(Status::INTERNAL_ERROR)?;
         done = end;
@@ -52,7 +44,7 @@ pub fn read_ranges(
         else {
             continue;
         };
-        let range = Range {
+        let range = BlockRange {
             slba: u64::from_le_bytes(*slba),
             blocks: u32::from_le_bytes(*blocks),
         };
@@ -96,7 +88,7 @@ mod tests {
         read_ranges(&map, &dsm(0x1ff0, 0x5000), 2, 1000, &mut out).unwrap();
         assert_eq!(
             out,
-            [Range {
+            [BlockRange {
                 slba: 100,
                 blocks: 8
             }],

@@ -7,10 +7,10 @@ mod namespace;
 mod parse;
 mod segments;
 
-pub use deallocate::{MAX_RANGES, Range, read_ranges};
+pub use deallocate::{MAX_RANGES, read_ranges};
 pub use namespace::Namespace;
 pub use parse::{Limits, Plan, Refusal, parse};
-pub use segments::{Fill, MAX_SEGMENTS, resolve, walk};
+pub use segments::{Fill, MAX_SEGMENTS, resolve, resolve_sgl, walk, walk_data};
 
 /// Guest memory of `len` bytes at address 0, for tests.
 #[cfg(test)]

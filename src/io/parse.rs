@@ -15,7 +15,14 @@ pub struct Limits {
     pub max_transfer: u32,
     /// NN: higher NSIDs cannot be (Identify Controller).
     pub max_namespaces: u32,
+    /// SGLs are offered (Identify Controller SGLS).
+    pub sgls: bool,
 }
+
+/// FUSE and PSDT, of the flags of an SQE.
+const FLAGS: u8 = 0b1100_0011;
+/// Of these: no fused command, an SGL, and a metadata pointer that is none. Nothing here has metadata.
+const SGL: u8 = 0b0100_0000;
 
 /// Where in the SQE the fault is, as the Error Information log wants it: byte in bits 7:0, bit in 10:8.
 const NOWHERE: u16 = 0xffff;
@@ -44,8 +51,21 @@ impl From<Status> for Refusal {
 /// A checked command. Block numbers are inside the namespace; `namespace` indexes the controller's table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Plan {
-    /// Move data.
+    /// Move data; where from or to, the data pointer says, be it PRPs or an SGL.
     Transfer {
+        /// Index of the namespace.
+        namespace: usize,
+        /// Read, Write or Compare.
+        operation: Operation,
+        /// First block.
+        slba: u64,
+        /// Blocks.
+        blocks: u32,
+        /// The same in bytes, at most the limit.
+        bytes: u32,
+    },
+    /// Move data by a store that forwards the command: its memory is not looked at here.
+    Forward {
         /// Index of the namespace.
         namespace: usize,
         /// Read, Write or Compare.
@@ -67,6 +87,11 @@ pub enum Plan {
         slba: u64,
         /// Blocks.
         blocks: u32,
+    },
+    /// Hand on a command nobody here understands, as it is.
+    Pass {
+        /// Index of the namespace.
+        namespace: usize,
     },
     /// Flush every namespace.
     FlushAll,
@@ -101,11 +126,10 @@ pub fn parse(sqe: &Sqe, namespaces: &[Namespace], limits: Limits) -> Result<Plan
             | NvmOpcode::DATASET_MANAGEMENT
     );
     if !known {
-        return Err(Refusal::new(Status::INVALID_OPCODE, 0));
+        return unknown(sqe, namespaces);
     }
-    // FUSE and PSDT: neither fused commands nor SGLs are offered.
-    if sqe.flags & 0b1100_0011 != 0 {
-        return Err(Refusal::new(Status::INVALID_FIELD, 1));
+    if sqe.flags & FLAGS != 0 {
+        check_flags(sqe, namespaces, limits)?;
     }
     if opcode == NvmOpcode::FLUSH && sqe.nsid == NSID_BROADCAST {
         return Ok(Plan::FlushAll);
@@ -166,7 +190,15 @@ pub fn parse(sqe: &Sqe, namespaces: &[Namespace], limits: Limits) -> Result<Plan
             fua,
         },
     };
-    Ok(if moves {
+    Ok(if moves && ns.forwards {
+        Plan::Forward {
+            namespace,
+            operation,
+            slba,
+            blocks,
+            bytes,
+        }
+    } else if moves {
         Plan::Transfer {
             namespace,
             operation,
@@ -182,6 +214,39 @@ pub fn parse(sqe: &Sqe, namespaces: &[Namespace], limits: Limits) -> Result<Plan
             blocks,
         }
     })
+}
+
+/// Flags that are not all zero: no command may be fused, and an SGL is for those who were told of SGLs. Apart, so that others do not
+/// pay for the question.
+#[cold]
+fn check_flags(sqe: &Sqe, namespaces: &[Namespace], limits: Limits) -> Result<(), Refusal> {
+    // Where commands are forwarded SGLs are not offered.
+    let forwards = || find(namespaces, sqe.nsid).is_some_and(|i| namespaces[i].forwards);
+    if sqe.flags & FLAGS == SGL && limits.sgls && !forwards() {
+        Ok(())
+    } else {
+        Err(Refusal::new(Status::INVALID_FIELD, 1))
+    }
+}
+
+/// A command that is none of ours: it may be that its store wants it all the same.
+#[cold]
+fn unknown(sqe: &Sqe, namespaces: &[Namespace]) -> Result<Plan, Refusal> {
+    let at = find(namespaces, sqe.nsid);
+    let Some((namespace, ns)) = at
+        .and_then(|at| Some((at, namespaces.get(at)?)))
+        .filter(|(_, ns)| ns.passes.contains(sqe.opcode))
+    else {
+        return Err(Refusal::new(Status::INVALID_OPCODE, 0));
+    };
+    if sqe.flags & FLAGS != 0 {
+        return Err(Refusal::new(Status::INVALID_FIELD, 1));
+    }
+    // Nobody knows what it does.
+    if ns.read_only {
+        return Err(Refusal::new(Status::NAMESPACE_WRITE_PROTECTED, 4));
+    }
+    Ok(Plan::Pass { namespace })
 }
 
 /// Whether `blocks` blocks from `slba` on lie in a namespace of `size` blocks.

@@ -62,6 +62,32 @@ impl Region {
 }
 
 impl Region {
+    /// Where it is mapped in this process, for handing it to the kernel.
+    pub fn host(&self) -> *mut u8 {
+        self.host
+    }
+
+    /// The same memory at another address: what a device sees in its own address space.
+    pub fn shown_at(self: &Arc<Self>, address: u64) -> Arc<Self> {
+        Arc::new(Self {
+            gpa: address,
+            len: self.len,
+            host: self.host,
+            _owner: Arc::clone(self) as _,
+        })
+    }
+
+    /// Whether all of another region is here too: the same memory at the same address.
+    fn contains(&self, other: &Self) -> bool {
+        let Some(before) = other.gpa.checked_sub(self.gpa) else {
+            return false;
+        };
+        let same = (self.host.addr() as u64).checked_add(before) == Some(other.host.addr() as u64);
+        same && before
+            .checked_add(other.len)
+            .is_some_and(|end| end <= self.len)
+    }
+
     /// Whether a segment lies in this region (in part, at least).
     pub fn holds(&self, seg: &HostSeg) -> bool {
         let start = self.host.addr() as u64;
@@ -122,6 +148,8 @@ impl Default for Near {
 pub struct GuestMap {
     regions: Vec<Arc<Region>>,
     generation: u64,
+    /// What must last as long as anybody uses the map.
+    _kept: Vec<Arc<dyn Any + Send + Sync>>,
 }
 
 static GENERATION: AtomicU64 = AtomicU64::new(1);
@@ -132,7 +160,19 @@ impl GuestMap {
     /// # Errors
     ///
     /// [`MapError`] if a region is empty or wraps, or if two overlap.
-    pub fn new(mut regions: Vec<Arc<Region>>) -> Result<Arc<Self>, MapError> {
+    pub fn new(regions: Vec<Arc<Region>>) -> Result<Arc<Self>, MapError> {
+        Self::keeping(regions, Vec::new())
+    }
+
+    /// As [`Self::new`]; the map keeps `kept` alive, as it keeps its regions: what shows them to devices, for example.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::new`].
+    pub fn keeping(
+        mut regions: Vec<Arc<Region>>,
+        kept: Vec<Arc<dyn Any + Send + Sync>>,
+    ) -> Result<Arc<Self>, MapError> {
         regions.sort_by_key(|r| r.gpa);
         for r in &regions {
             if r.len == 0 || r.gpa.checked_add(r.len).is_none() || usize::try_from(r.len).is_err() {
@@ -155,6 +195,7 @@ impl GuestMap {
         Ok(Arc::new(Self {
             regions,
             generation: GENERATION.fetch_add(1, Ordering::Relaxed),
+            _kept: kept,
         }))
     }
 
@@ -163,6 +204,7 @@ impl GuestMap {
         Arc::new(Self {
             regions: Vec::new(),
             generation: GENERATION.fetch_add(1, Ordering::Relaxed),
+            _kept: Vec::new(),
         })
     }
 
@@ -176,11 +218,16 @@ impl GuestMap {
         &self.regions
     }
 
-    /// The regions of this map that `newer` does not have.
+    /// The regions of this map that `newer` does not have, be it within a larger one.
     pub fn lost_in(&self, newer: &Self) -> Vec<&Region> {
         self.regions
             .iter()
-            .filter(|r| !newer.regions.iter().any(|n| Arc::ptr_eq(n, r)))
+            .filter(|r| {
+                !newer
+                    .regions
+                    .iter()
+                    .any(|n| Arc::ptr_eq(n, r) || n.contains(r))
+            })
             .map(|r| &**r)
             .collect()
     }

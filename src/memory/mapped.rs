@@ -12,13 +12,11 @@ use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use rustix::event::{EventfdFlags, eventfd};
-use rustix::mm::{Advice, MapFlags, ProtFlags};
 
-use super::copy::{Copy, Recent, prefetch};
+use super::copy::Recent;
+use super::mapping::{Mapping, PAGE, Stored, whole_pages};
 use super::sigbus::{self, Guard};
 use super::{Buffers, HostSeg};
-
-const PAGE: u64 = 4096;
 
 /// The kernel takes no more segments at once (UIO_MAXIOV).
 const MAX_IOVECS: usize = 1024;
@@ -28,18 +26,10 @@ const MAX_IOVECS: usize = 1024;
 /// Touching such a page does not end the process. The mapping is then given up as a whole ([`sigbus`]), and every copy that was under
 /// way at that moment or comes later says that it failed, so that its caller goes to the file itself.
 pub(crate) struct MappedFile {
-    base: *mut u8,
-    len: u64,
-    mapped: usize,
-    into: Copy,
-    /// Before the mapping goes, see `Drop`.
-    guard: Option<Guard>,
+    /// Ends before the mapping it guards: fields are dropped in their order.
+    guard: Guard,
+    stored: Stored,
 }
-
-// SAFETY: shared memory that is only ever copied to and from.
-unsafe impl Send for MappedFile {}
-// SAFETY: as above; copies that run at once may tear each other's data, which harms nothing else.
-unsafe impl Sync for MappedFile {}
 
 impl MappedFile {
     /// Map the first `len` bytes of `file`, for writing too if `writable` (it must be open for that).
@@ -49,69 +39,29 @@ impl MappedFile {
     /// What the kernel says; too many guarded ranges.
     pub fn new(file: &File, len: u64, writable: bool) -> io::Result<Self> {
         sigbus::install()?;
-        let mapped = len
-            .max(1)
-            .checked_next_multiple_of(PAGE)
-            .and_then(|n| usize::try_from(n).ok())
-            .filter(|n| isize::try_from(*n).is_ok())
-            .ok_or(io::ErrorKind::FileTooLarge)?;
+        let mapped = whole_pages(len, PAGE)?;
         let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
-        let mut access = ProtFlags::READ;
-        if writable {
-            access |= ProtFlags::WRITE;
-        }
-        // SAFETY: a new shared mapping at an address of the kernel's choice touches nothing that exists.
-        let base = unsafe {
-            rustix::mm::mmap(
-                std::ptr::null_mut(),
-                mapped,
-                access,
-                MapFlags::SHARED | MapFlags::NORESERVE,
-                file,
-                0,
-            )?
-        };
-        let mut this = Self {
-            base: base.cast(),
-            len,
-            mapped,
-            into: Copy::into_store(len),
-            guard: None,
-        };
-        // SAFETY: the mapping we just made; the advice does not change what it holds.
-        let _ = unsafe { rustix::mm::madvise(base, mapped, Advice::LinuxDontDump) };
-        // SAFETY: the range is exactly that mapping, which stays until `drop`, where the guard goes first.
-        this.guard = Some(unsafe { Guard::new(this.base, mapped, wake)? });
-        Ok(this)
+        let mapping = Mapping::unreserved(file, mapped, writable)?;
+        mapping.advise(false);
+        Ok(Self {
+            // SAFETY: the range is exactly that mapping, which stays until after the guard is gone.
+            guard: unsafe { Guard::new(mapping.base(), mapped, wake)? },
+            stored: Stored::new(mapping, len),
+        })
     }
 
     /// Whether a copy can be tried at all.
     pub fn is_whole(&self) -> bool {
-        self.guard.as_ref().is_some_and(|g| !g.hit())
-    }
-
-    /// `base + offset` if `len` bytes are there.
-    #[inline]
-    fn at(&self, offset: u64, len: u64) -> Option<*mut u8> {
-        let end = offset.checked_add(len)?;
-        // Inside the mapping, whose size is a `usize`.
-        (end <= self.len && self.is_whole()).then(|| self.base.wrapping_add(offset as usize))
+        !self.guard.hit()
     }
 
     /// Copy from byte `offset` on into `data`. `false`: what is in `data` now means nothing.
     #[inline]
     #[must_use]
     pub fn read_into(&self, data: &Buffers<'_>, offset: u64, recent: &mut Recent) -> bool {
-        let Some(from) = self.at(offset, data.len() as u64) else {
+        if !self.is_whole() || !self.stored.read_into(data, offset, recent) {
             return false;
-        };
-        data.each(0, data.len(), |ptr, done, n| {
-            // SAFETY: `each` gives `n` bytes of foreign memory that is alive, and `done + n` is at most `data.len()`, which
-            // `at` found inside our mapping. The mapping is ours alone, so that the two cannot overlap. Others may copy the
-            // same bytes meanwhile: a plain copy of bytes between memories no reference points to, and nothing is
-            // decided by them. A page that is missing is replaced by the guard.
-            unsafe { recent.way(ptr, n).copy(from.add(done), ptr, n) }
-        });
+        }
         // First the copy, then the look: the guard marks the range before it replaces it.
         fence(Ordering::Acquire);
         self.is_whole()
@@ -121,40 +71,24 @@ impl MappedFile {
     #[inline]
     #[must_use]
     pub fn write_from(&self, data: &Buffers<'_>, offset: u64) -> bool {
-        let Some(to) = self.at(offset, data.len() as u64) else {
+        if !self.is_whole() || !self.stored.write_from(data, offset) {
             return false;
-        };
-        data.each(0, data.len(), |ptr, done, n| {
-            // SAFETY: as in `read_into`, the other way.
-            unsafe { self.into.copy(ptr, to.add(done), n) }
-        });
+        }
         // Stores must not be outrun by the look.
         fence(Ordering::SeqCst);
         self.is_whole()
     }
-}
 
-impl MappedFile {
     /// Ask for the bytes from `offset` on, which a [`Self::read_into`] will soon copy.
     #[inline]
     pub fn prefetch_read(&self, offset: u64, len: usize) {
-        if let Some(from) = self.at(offset, len as u64) {
-            prefetch(from, len);
-        }
+        self.stored.prefetch_read(offset, len);
     }
 
     /// Ask for a guest's bytes, which a [`Self::write_from`] will soon copy.
     #[inline]
     pub fn prefetch_write(&self, first: &HostSeg) {
-        prefetch(first.ptr(), first.len());
-    }
-}
-
-impl Drop for MappedFile {
-    fn drop(&mut self) {
-        self.guard = None;
-        // SAFETY: our own mapping; no reference into it ever existed, `self` is the last to use it, and the guard is gone.
-        let _ = unsafe { rustix::mm::munmap(self.base.cast(), self.mapped) };
+        self.stored.prefetch_write(first);
     }
 }
 

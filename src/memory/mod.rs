@@ -7,9 +7,11 @@
 //! copy or an atomic, so that a value that was checked is the value that is used.
 
 mod copy;
+pub(crate) mod crash_point;
 mod held;
 mod map;
 mod mapped;
+mod mapping;
 mod numa;
 mod ring;
 mod seg;
@@ -23,6 +25,7 @@ pub use copy::Recent;
 pub(crate) use held::Held;
 pub use map::{GuestMap, MapError, Near, Region};
 pub(crate) use mapped::{Direction, MappedFile, transfer};
+pub use mapping::Mapping;
 pub use ring::{Place, Ring, SharedWord};
 pub use seg::{Buffers, HostSeg};
 pub use store::Store;

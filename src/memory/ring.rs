@@ -6,7 +6,7 @@ use std::any::Any;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use super::{DoorbellWindow, GuestMap, SideWord};
+use super::{DoorbellWindow, GuestMap, SideWord, crash_point};
 
 /// A ring of entries of `8 * WORDS` bytes in guest memory: a submission queue (`WORDS` = 8) or a completion queue (2).
 ///
@@ -61,6 +61,9 @@ impl<const WORDS: usize> Ring<WORDS> {
     pub fn write(&self, index: u32, words: [u64; WORDS]) {
         let entry = self.entry(index).cast::<AtomicU64>();
         for (i, word) in words.iter().enumerate() {
+            if !crash_point::store_happens() {
+                continue;
+            }
             let order = if i + 1 == WORDS {
                 Ordering::Release
             } else {
@@ -174,6 +177,9 @@ impl SharedWord {
     /// Store a value, Release.
     #[inline]
     pub fn store(&self, value: u32) {
+        if !crash_point::store_happens() {
+            return;
+        }
         // SAFETY: as in `load`.
         unsafe { (*self.word).store(value, Ordering::Release) }
     }

@@ -2,42 +2,35 @@
 
 #![expect(
     unsafe_code,
-    reason = "the fence: copies between two memories that others write"
+    reason = "the fence: bytes that others write are compared and zeroed"
 )]
 
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, compiler_fence};
 
-use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
-use rustix::mm::{Advice, MapFlags, ProtFlags};
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::fs::FallocateFlags;
 
-use super::copy::{Copy, Recent, prefetch};
+use super::copy::Recent;
+use super::crash_point;
+use super::mapping::{HUGE_PAGE, Mapping, PAGE, Stored, sealed, whole_pages};
+use super::sigbus::{self, Guard};
 use super::{Buffers, HostSeg};
 
-const PAGE: u64 = 4096;
-const HUGE_PAGE: u64 = 2 << 20;
-
-/// A mapped memfd of a fixed size, zero at first.
+/// A mapped file of a fixed size in memory, zero at first.
 ///
-/// Any number of threads use it at once, without locks, by copies alone: no reference into it ever exists. Two commands
-/// that overlap in time and place may tear each other's data, byte by byte, as NVMe allows beyond the atomic write
-/// unit: each byte is then one that some command wrote, and nothing else is harmed. A range out of bounds is refused, never a panic.
+/// Any number of threads use it at once, by copies alone: see [`Stored`]. A file that has a name can be cut, or find no room for a page that
+/// is written first: the store is broken from then on, and every access fails.
 pub struct Store {
-    base: *mut u8,
-    /// What was asked for.
-    len: u64,
-    /// What is mapped: `len` in whole pages.
-    mapped: usize,
+    /// Of a file with a name. Ends before the mapping: fields are dropped in their order.
+    guard: Option<Guard>,
+    stored: Stored,
     huge: bool,
-    into: Copy,
     file: File,
 }
-
-// SAFETY: shared memory that is only ever copied to and from.
-unsafe impl Send for Store {}
-// SAFETY: as above; that copies may run at once is the contract of the type.
-unsafe impl Sync for Store {}
 
 impl Store {
     /// A store of `len` bytes in pages of 2 MiB if `huge`, else in normal ones.
@@ -49,48 +42,69 @@ impl Store {
     ///
     /// What the kernel says when there is not that much memory or address space, or not as many free huge pages.
     pub fn new(len: u64, huge: bool) -> io::Result<Self> {
-        let page = if huge { HUGE_PAGE } else { PAGE };
-        let mapped = len
-            .max(1)
-            .checked_next_multiple_of(page)
-            .and_then(|n| usize::try_from(n).ok())
-            .filter(|n| isize::try_from(*n).is_ok())
-            .ok_or(io::ErrorKind::FileTooLarge)?;
-        let mut flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-        if huge {
-            flags |= MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
-        }
-        let fd = rustix::fs::memfd_create("nvme-memory-namespace", flags)?;
-        rustix::fs::ftruncate(&fd, mapped as u64)?;
-        rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+        let mapped = whole_pages(len, if huge { HUGE_PAGE } else { PAGE })?;
+        let file = sealed("nvme-memory-namespace", mapped, huge)?;
         if !huge && never_overcommits() {
-            rustix::fs::fallocate(&fd, FallocateFlags::empty(), 0, mapped as u64)?;
+            rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, mapped as u64)?;
         }
-        // SAFETY: a new shared mapping at an address of the kernel's choice touches nothing that exists.
-        let base = unsafe {
-            rustix::mm::mmap(
-                std::ptr::null_mut(),
-                mapped,
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::SHARED,
-                &fd,
-                0,
-            )?
-        };
-        let store = Self {
-            base: base.cast(),
-            len,
-            mapped,
+        let mapping = Mapping::new(&file, mapped, true)?;
+        mapping.advise(true);
+        Ok(Self {
+            guard: None,
+            stored: Stored::new(mapping, len),
             huge,
-            into: Copy::into_store(len),
-            file: fd.into(),
-        };
-        // Advice only: without it the store works as well.
-        for advice in [Advice::LinuxDontDump, Advice::LinuxHugepage] {
-            // SAFETY: the mapping we just made; neither advice changes what it holds.
-            let _ = unsafe { rustix::mm::madvise(base, mapped, advice) };
+            file,
+        })
+    }
+
+    /// A store of `len` bytes over a file of [`Self::bytes_of`] them, on a tmpfs or, if `huge`, a hugetlbfs, with what is in it.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::new`]; the file is too short; too many guarded ranges.
+    pub fn over(file: File, len: u64, huge: bool) -> io::Result<Self> {
+        sigbus::install()?;
+        let mapped = whole_pages(len, if huge { HUGE_PAGE } else { PAGE })?;
+        if file.metadata()?.len() < mapped as u64 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
         }
-        Ok(store)
+        if !huge && never_overcommits() {
+            rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, mapped as u64)?;
+        }
+        let mapping = Mapping::new(&file, mapped, true)?;
+        mapping.advise(true);
+        let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
+        // SAFETY: the range is exactly that mapping, which nothing but copies touch, and which stays until after the guard is gone.
+        let guard = unsafe { Guard::new(mapping.base(), mapped, wake)? };
+        Ok(Self {
+            guard: Some(guard),
+            stored: Stored::new(mapping, len),
+            huge,
+            file,
+        })
+    }
+
+    /// Bytes of the file of a store.
+    ///
+    /// # Errors
+    ///
+    /// No address space has that many.
+    pub fn bytes_of(len: u64, huge: bool) -> io::Result<u64> {
+        whole_pages(len, if huge { HUGE_PAGE } else { PAGE }).map(|n| n as u64)
+    }
+
+    /// Whether its file was cut, or had no room: what is stored is lost, and so is what will be.
+    #[inline]
+    pub fn is_broken(&self) -> bool {
+        self.guard.as_ref().is_some_and(Guard::hit)
+    }
+
+    /// Whether a copy that was `ok` went well. A page that is not there stops the very thread that touches it, which finds the mark afterwards;
+    /// what others do at that moment is lost with everything else, so that the order in which they see it does not matter.
+    #[inline]
+    fn whole_after(&self, ok: bool) -> bool {
+        compiler_fence(Ordering::SeqCst);
+        ok && !self.is_broken()
     }
 
     /// Size in bytes, as asked for.
@@ -99,7 +113,7 @@ impl Store {
         reason = "a store has a size, not elements"
     )]
     pub fn len(&self) -> u64 {
-        self.len
+        self.stored.len()
     }
 
     /// Whether it is made of reserved huge pages. They stay with the store: zeroing gives none of them back.
@@ -110,67 +124,43 @@ impl Store {
     /// Bytes of memory it has at the moment.
     pub fn allocated(&self) -> u64 {
         match rustix::fs::fstat(self.file.as_fd()) {
-            Ok(stat) => (stat.st_blocks.unsigned_abs().saturating_mul(512)).min(self.len),
-            Err(_) => self.len,
+            Ok(stat) => (stat.st_blocks.unsigned_abs().saturating_mul(512)).min(self.len()),
+            Err(_) => self.len(),
         }
-    }
-
-    /// `base + offset` if `len` bytes are there.
-    #[inline]
-    fn at(&self, offset: u64, len: u64) -> Option<*mut u8> {
-        let end = offset.checked_add(len)?;
-        // Inside the mapping, whose size is a `usize`.
-        (end <= self.len).then(|| self.base.wrapping_add(offset as usize))
     }
 
     /// Copy from byte `offset` on into `data`, all of it. `false`, and nothing done, if that is not inside.
     #[inline]
     #[must_use]
     pub fn read_into(&self, data: &Buffers<'_>, offset: u64, recent: &mut Recent) -> bool {
-        let Some(from) = self.at(offset, data.len() as u64) else {
-            return false;
-        };
-        data.each(0, data.len(), |ptr, done, n| {
-            // SAFETY: `each` gives `n` bytes of foreign memory that is alive, and `done + n` is at most `data.len()`, which
-            // `at` found inside our mapping. The mapping is ours alone, so that the two cannot overlap. Others may copy
-            // the same bytes meanwhile: this is a plain copy of bytes (memcpy) between memories no reference
-            // points to, any mixture of old and new bytes is a valid outcome, and nothing is decided by them.
-            unsafe { recent.way(ptr, n).copy(from.add(done), ptr, n) }
-        });
-        true
+        self.whole_after(self.stored.read_into(data, offset, recent))
     }
 
     /// Copy all of `data` to byte `offset` on. `false`, and nothing done, if that is not inside.
     #[inline]
     #[must_use]
     pub fn write_from(&self, data: &Buffers<'_>, offset: u64) -> bool {
-        let Some(to) = self.at(offset, data.len() as u64) else {
-            return false;
-        };
-        data.each(0, data.len(), |ptr, done, n| {
-            // SAFETY: as in `read_into`, the other way.
-            unsafe { self.into.copy(ptr, to.add(done), n) }
-        });
-        true
+        if !crash_point::store_happens() {
+            return true;
+        }
+        self.whole_after(self.stored.write_from(data, offset))
     }
 
     /// Ask for the bytes from `offset` on, which a [`Self::read_into`] will soon copy.
     #[inline]
     pub fn prefetch_read(&self, offset: u64, len: usize) {
-        if let Some(from) = self.at(offset, len as u64) {
-            prefetch(from, len);
-        }
+        self.stored.prefetch_read(offset, len);
     }
 
     /// Ask for a guest's bytes, which a [`Self::write_from`] will soon copy.
     #[inline]
     pub fn prefetch_write(&self, first: &HostSeg) {
-        prefetch(first.ptr(), first.len());
+        self.stored.prefetch_write(first);
     }
 
     /// Whether the bytes from `offset` on are those of `data`; `None` if they are not inside.
     pub fn compare(&self, data: &Buffers<'_>, offset: u64) -> Option<bool> {
-        let stored = self.at(offset, data.len() as u64)?;
+        let stored = self.stored.at(offset, data.len() as u64)?;
         // Both sides may change while we look, so each is copied once and the copies are compared.
         let mut ours = [0; 1024];
         let mut theirs = [0; 1024];
@@ -178,14 +168,14 @@ impl Store {
         while done < data.len() {
             let n = data.read(done, &mut theirs);
             // SAFETY: `done + n` is at most `data.len()`, so inside the mapping; `ours` has room for 1024 bytes and `n` is
-            // at most that. Concurrent writes as in `read_into`.
+            // at most that. Concurrent writes as in `Stored::read_into`.
             unsafe { std::ptr::copy_nonoverlapping(stored.add(done), ours.as_mut_ptr(), n) };
             if n == 0 || ours[..n] != theirs[..n] {
-                return Some(false);
+                return (!self.is_broken()).then_some(false);
             }
             done += n;
         }
-        Some(true)
+        (!self.is_broken()).then_some(true)
     }
 
     /// Make `len` bytes from `offset` on zero; normal pages that lie in there whole are given back to the system.
@@ -193,14 +183,17 @@ impl Store {
     /// `false`, and nothing done, if that is not inside.
     #[must_use]
     pub fn zero(&self, offset: u64, len: u64) -> bool {
-        if self.at(offset, len).is_none() {
+        if self.stored.at(offset, len).is_none() {
             return false;
+        }
+        if !crash_point::store_happens() {
+            return true;
         }
         let end = offset + len;
         let first = offset.next_multiple_of(PAGE);
         // The tail of the last page is beyond `len` and never used: it may go with the rest.
-        let last = if end == self.len {
-            self.mapped as u64
+        let last = if end == self.len() {
+            self.stored.mapping().bytes() as u64
         } else {
             end - end % PAGE
         };
@@ -209,25 +202,45 @@ impl Store {
             if rustix::fs::fallocate(&self.file, punch, first, last - first).is_ok() {
                 self.fill_zero(offset, first - offset);
                 self.fill_zero(last, end.saturating_sub(last));
-                return true;
+                return self.whole_after(true);
             }
         }
         self.fill_zero(offset, len);
-        true
+        self.whole_after(true)
     }
 
     fn fill_zero(&self, offset: u64, len: u64) {
-        if let Some(ptr) = self.at(offset, len) {
-            // SAFETY: `at` found it inside; concurrent copies as in `read_into`.
+        if let Some(ptr) = self.stored.at(offset, len) {
+            // SAFETY: `at` found it inside; concurrent copies as in `Stored::read_into`.
             unsafe { std::ptr::write_bytes(ptr, 0, len as usize) }
         }
     }
 }
 
-impl Drop for Store {
-    fn drop(&mut self) {
-        // SAFETY: our own mapping; no reference into it ever existed, and `self` is the last to use it.
-        let _ = unsafe { rustix::mm::munmap(self.base.cast(), self.mapped) };
+#[cfg(test)]
+impl Store {
+    /// Store bytes; for tests that may not name memory themselves.
+    pub(crate) fn put(&self, offset: u64, bytes: &mut [u8]) -> bool {
+        let segs = [HostSeg::of_slice(bytes)];
+        // SAFETY: the bytes outlive the call and are not touched in it.
+        self.write_from(&unsafe { Buffers::new(&segs) }, offset)
+    }
+
+    /// Load bytes.
+    pub(crate) fn get<const N: usize>(&self, offset: u64) -> Option<[u8; N]> {
+        let mut bytes = [0; N];
+        let segs = [HostSeg::of_slice(&mut bytes)];
+        // SAFETY: as above.
+        let data = unsafe { Buffers::new(&segs) };
+        let ok = self.read_into(&data, offset, &mut Recent::default());
+        ok.then_some(bytes)
+    }
+
+    /// Compare bytes.
+    pub(crate) fn is(&self, offset: u64, bytes: &mut [u8]) -> Option<bool> {
+        let segs = [HostSeg::of_slice(bytes)];
+        // SAFETY: as above.
+        self.compare(&unsafe { Buffers::new(&segs) }, offset)
     }
 }
 

@@ -5,6 +5,8 @@
     reason = "the fence: where a foreign mapping becomes a Region"
 )]
 
+use std::any::Any;
+use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -55,11 +57,7 @@ pub fn check_file(file: &FileOffset, gpa: u64, len: u64) -> io::Result<Identity>
             "the memory region at {gpa:#x} says {len:#x} bytes from offset {offset:#x} of its file, which has only {size:#x}"
         )));
     }
-    let fs = rustix::fs::fstatfs(file.file())?;
-    let page = match u64::try_from(fs.f_type) {
-        Ok(HUGETLBFS_MAGIC) => u64::try_from(fs.f_bsize).unwrap_or(0),
-        _ => rustix::param::page_size() as u64,
-    };
+    let page = page_size(file.file())?;
     if len == 0 || !len.is_multiple_of(page) || !offset.is_multiple_of(page) {
         return Err(io::Error::other(format!(
             "the memory region at {gpa:#x} with {len:#x} bytes from offset {offset:#x} is not made of pages of {page:#x} bytes"
@@ -71,6 +69,23 @@ pub fn check_file(file: &FileOffset, gpa: u64, len: u64) -> io::Result<Identity>
         offset,
         gpa,
         len,
+    })
+}
+
+/// A file from its beginning, and the bytes of its whole pages.
+fn whole_pages(file: File) -> io::Result<(FileOffset, u64)> {
+    let size = u64::try_from(rustix::fs::fstat(&file)?.st_size).unwrap_or(0);
+    let page = page_size(&file)?;
+    let len = size - size.checked_rem(page).unwrap_or(0);
+    Ok((FileOffset::new(file, 0), len))
+}
+
+/// What mappings of this file are made of.
+fn page_size(file: &File) -> io::Result<u64> {
+    let fs = rustix::fs::fstatfs(file)?;
+    Ok(match u64::try_from(fs.f_type) {
+        Ok(HUGETLBFS_MAGIC) => u64::try_from(fs.f_bsize).unwrap_or(0),
+        _ => rustix::param::page_size() as u64,
     })
 }
 
@@ -106,6 +121,48 @@ impl VmRegion {
         self.identity.gpa
     }
 
+    /// Map all whole pages of a file, for [`Self::piece`]s of it. `wake` as in [`Self::new`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::new`].
+    pub fn whole_file(file: File, wake: Arc<OwnedFd>) -> io::Result<Arc<Self>> {
+        let (file, len) = whole_pages(file)?;
+        Self::new(file, 0, len, wake)
+    }
+
+    /// Whether this is what [`Self::whole_file`] makes of a file.
+    pub fn is_whole_file(&self, file: &File) -> bool {
+        let same = file.try_clone().and_then(whole_pages);
+        let same = same.and_then(|(file, len)| check_file(&file, 0, len));
+        same.is_ok_and(|identity| identity == self.identity)
+    }
+
+    /// The file that is mapped.
+    pub fn file(&self) -> Option<&File> {
+        self.mapping.file_offset().map(FileOffset::file)
+    }
+
+    /// `len` bytes from `offset` on, shown to the guest at `gpa`; `None` if there are not so many.
+    pub fn piece(self: &Arc<Self>, gpa: u64, offset: u64, len: u64) -> Option<Arc<Region>> {
+        let end = offset.checked_add(len)?;
+        if len == 0 || end > self.identity.len {
+            return None;
+        }
+        let host = self
+            .mapping
+            .as_ptr()
+            .wrapping_add(usize::try_from(offset).ok()?);
+        // SAFETY: as in `region`, for a part of the mapping, which lies inside it: just looked at.
+        Some(Arc::new(unsafe {
+            Region::new(gpa, len, host, self.owner())
+        }))
+    }
+
+    fn owner(self: &Arc<Self>) -> Arc<dyn Any + Send + Sync> {
+        Arc::<Self>::clone(self)
+    }
+
     /// Whether this is the region of `len` bytes at `gpa`.
     pub fn is_at(&self, gpa: u64, len: u64) -> bool {
         self.identity.gpa == gpa && self.identity.len == len
@@ -118,15 +175,14 @@ impl VmRegion {
 
     /// The region, which keeps this mapping alive.
     pub fn region(self: &Arc<Self>) -> Arc<Region> {
-        let owner: Arc<dyn std::any::Any + Send + Sync> = Arc::<Self>::clone(self);
-        // SAFETY: the mapping is readable, writable and shared, has `len` bytes at `as_ptr`, and lives as long as `owner`. After a
+        // SAFETY: the mapping is readable, writable and shared, has `len` bytes at `as_ptr`, and lives as long as its owner. After a
         // fault it is a private one of the same size at the same place, which is as good. Nobody makes references into it.
         Arc::new(unsafe {
             Region::new(
                 self.identity.gpa,
                 self.identity.len,
                 self.mapping.as_ptr(),
-                owner,
+                self.owner(),
             )
         })
     }
@@ -162,6 +218,32 @@ mod tests {
         let null = FileOffset::new(std::fs::File::open("/dev/zero").unwrap(), 0);
         let e = check_file(&null, 0, 4096).unwrap_err();
         assert!(e.to_string().contains("not a file of shared memory"), "{e}");
+    }
+
+    #[test]
+    fn pieces_of_a_file_lie_in_one_mapping() {
+        let wake = Arc::new(eventfd(0, EventfdFlags::NONBLOCK).unwrap());
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(3 * 4096 + 5).unwrap();
+        let whole = VmRegion::whole_file(file.try_clone().unwrap(), wake).unwrap();
+        assert!(whole.is_whole_file(&file) && !whole.is_whole_file(&tempfile::tempfile().unwrap()));
+        let low = whole.piece(0x10000, 0x200, 0x1000).unwrap();
+        let high = whole.piece(0x11000, 0x1200, 0x1e00).unwrap();
+        assert_eq!(low.host().wrapping_add(0x1000), high.host());
+        for (offset, len) in [(0, 0x3001), (0x3000, 1), (u64::MAX, 2), (0x100, 0)] {
+            assert!(
+                whole.piece(0, offset, len).is_none(),
+                "{offset:#x} {len:#x}"
+            );
+        }
+        let map = super::super::GuestMap::new(vec![low, high]).unwrap();
+        assert!(map.write(0x10ffe, &[1, 2, 3, 4]));
+        let mut out = [0; 4];
+        use std::os::unix::fs::FileExt as _;
+        file.read_exact_at(&mut out, 0x11fe).unwrap();
+        assert_eq!(out, [1, 2, 3, 4]);
+        file.set_len(4 * 4096).unwrap();
+        assert!(!whole.is_whole_file(&file), "it has grown");
     }
 
     #[test]

@@ -10,20 +10,13 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::AtomicU64;
 
-use rustix::fs::{MemfdFlags, SealFlags};
-use rustix::mm::{MapFlags, ProtFlags};
+use super::mapping::{Mapping, PAGE, sealed, whole_pages};
 
-/// A mapped memfd of words, all zero at first. Pages that nobody wrote take no memory.
+/// A mapped file of words, all zero at first if it is new. Pages that nobody wrote take no memory.
 pub struct SharedWords {
     file: File,
-    base: *mut AtomicU64,
-    words: usize,
+    mapping: Mapping,
 }
-
-// SAFETY: the words are only ever accessed as atomics.
-unsafe impl Send for SharedWords {}
-// SAFETY: as above.
-unsafe impl Sync for SharedWords {}
 
 impl SharedWords {
     /// A file of `words` words, called `name` in `/proc`.
@@ -32,50 +25,49 @@ impl SharedWords {
     ///
     /// What the kernel says when memory or file descriptors run out.
     pub fn new(name: &str, words: usize) -> io::Result<Self> {
-        let bytes = words
-            .max(1)
+        let bytes = (words as u64)
             .checked_mul(8)
-            .and_then(|b| b.checked_next_multiple_of(4096))
             .ok_or(io::ErrorKind::FileTooLarge)?;
-        let fd = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
-        rustix::fs::ftruncate(&fd, bytes as u64)?;
-        rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
-        // SAFETY: a new shared mapping at an address of the kernel's choice touches nothing that exists.
-        let base = unsafe {
-            rustix::mm::mmap(
-                std::ptr::null_mut(),
-                bytes,
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::SHARED,
-                &fd,
-                0,
-            )?
-        };
+        let bytes = whole_pages(bytes, PAGE)?;
+        let file = sealed(name, bytes, false)?;
         Ok(Self {
-            file: fd.into(),
-            base: base.cast(),
-            words: bytes / 8,
+            mapping: Mapping::new(&file, bytes, true)?,
+            file,
+        })
+    }
+
+    /// The first `words` words of a file, which has as many.
+    ///
+    /// Nobody may make it shorter: it has to be in a directory that is ours alone, since it cannot be sealed.
+    ///
+    /// # Errors
+    ///
+    /// It is too short; what the kernel says of mapping it.
+    pub fn over(file: File, words: usize) -> io::Result<Self> {
+        let bytes = (words as u64)
+            .checked_mul(8)
+            .ok_or(io::ErrorKind::FileTooLarge)?;
+        let bytes = whole_pages(bytes, PAGE)?;
+        if file.metadata()?.len() < bytes as u64 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        Ok(Self {
+            mapping: Mapping::new(&file, bytes, true)?,
+            file,
         })
     }
 
     /// The words; at least as many as were asked for.
     #[inline]
     pub fn words(&self) -> &[AtomicU64] {
-        // SAFETY: aligned (a page), inside the mapping, which lives as long as `self` and cannot shrink (sealed); zeroed memory is
+        // SAFETY: aligned (a page), inside the mapping, which lives as long as `self` and cannot shrink (sealed, or ours alone); any bytes are
         // a valid atomic, and every access by anyone is that of an atomic.
-        unsafe { std::slice::from_raw_parts(self.base, self.words) }
+        unsafe { std::slice::from_raw_parts(self.mapping.base().cast(), self.mapping.bytes() / 8) }
     }
 
     /// The file.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
-    }
-}
-
-impl Drop for SharedWords {
-    fn drop(&mut self) {
-        // SAFETY: our own mapping; references into it borrow `self`.
-        let _ = unsafe { rustix::mm::munmap(self.base.cast(), self.words * 8) };
     }
 }
 
@@ -96,5 +88,9 @@ mod tests {
         file.read_exact_at(&mut bytes, 599 * 8).unwrap();
         assert_eq!(u64::from_ne_bytes(bytes), 0x1122);
         assert!(SharedWords::new("test", usize::MAX).is_err());
+        let file = file.try_clone().unwrap();
+        let again = SharedWords::over(file.try_clone().unwrap(), 1024).unwrap();
+        assert_eq!(again.words()[599].load(Ordering::Acquire), 0x1122);
+        assert!(SharedWords::over(file, 1025).is_err());
     }
 }

@@ -9,6 +9,7 @@ use nvme_spec::{Cqe, StatusField};
 
 use super::bell::Bell;
 use super::interrupt::{Interrupts, Verdict};
+use super::journal::{Fetched, Journal, Posted};
 use super::message::Vector;
 use super::pace::{self, Pace};
 use super::stats::QueueStats;
@@ -33,6 +34,10 @@ pub(super) struct Cq {
     /// The guest wrote a head that cannot be; nothing is fetched for this queue any more.
     pub broken: bool,
     pub qid: u16,
+    /// Of the creation or move that brought it here.
+    number: u32,
+    /// What its record in the journal names: a submission queue (0 is none), how far that was, and its number.
+    last: (u16, u16, u32),
     pub stats: Arc<QueueStats>,
     pub vector: Option<Arc<Vector>>,
     interrupts: Interrupts,
@@ -61,6 +66,21 @@ pub(super) struct CqState {
 }
 
 impl CqState {
+    /// That of a queue of a process before us, which was so far. The guest may have been told of any of its entries, or not.
+    pub fn resumed(size: RingSize, tail: u16, phase: Phase, head: u16, dear: bool) -> Self {
+        let mut interrupts = Interrupts::default();
+        interrupts.posted_many(size.distance(head, tail));
+        Self {
+            gone: false,
+            tail,
+            head,
+            phase,
+            broken: false,
+            interrupts,
+            pace: dear.then(Box::default),
+        }
+    }
+
     /// Whether its memory was not there when it was on a poller last.
     pub fn gone(&self) -> bool {
         self.gone
@@ -75,6 +95,8 @@ impl Cq {
         bell.suppress(0);
         Self {
             qid: config.qid,
+            number: config.number,
+            last: (0, 0, 0),
             base: config.base,
             size: config.size,
             ring: Some(ring),
@@ -100,6 +122,7 @@ impl Cq {
     pub fn pack(self) -> (super::CqConfig, CqState) {
         let config = super::CqConfig {
             qid: self.qid,
+            number: self.number,
             base: self.base,
             size: self.size,
             vector: self.vector,
@@ -127,6 +150,8 @@ impl Cq {
     ) -> Self {
         Self {
             qid: config.qid,
+            number: config.number,
+            last: (0, 0, 0),
             base: config.base,
             size: config.size,
             ring,
@@ -277,10 +302,45 @@ impl Cq {
         !self.broken && self.ring.is_some() && self.room() == 0
     }
 
-    /// Where the next entry goes, and its phase.
+    /// Write down how far this queue has come, and that a submission queue of this number has come so far with it.
     #[inline]
-    pub fn place(&self) -> (u16, bool) {
-        (self.tail, self.phase.bit())
+    pub fn record_batch(&mut self, journal: &Journal, sqid: u16, number: u32, head: u16) {
+        if self.last.0 != sqid {
+            self.unname(journal);
+        }
+        self.last = (sqid, head, number);
+        self.record(journal);
+    }
+
+    /// Write down how far this queue has come.
+    #[inline]
+    pub fn record(&self, journal: &Journal) {
+        let (sqid, head, _) = self.last;
+        let posted = Posted {
+            number: self.number,
+            tail: self.tail,
+            phase: self.phase,
+            last: (sqid, head),
+        };
+        journal.record(self.qid, posted);
+    }
+
+    /// Give the submission queue that is named in the record a record of its own: the next one names another.
+    #[cold]
+    fn unname(&mut self, journal: &Journal) {
+        let (sqid, head, number) = self.last;
+        if sqid != 0 {
+            journal.fetched(sqid, Fetched { number, head });
+        }
+        self.last = (0, 0, 0);
+    }
+
+    /// A submission queue goes, and its identifier may be used again: it is named no more.
+    pub fn forget(&mut self, journal: &Journal, sqid: u16) {
+        if self.last.0 == sqid {
+            self.unname(journal);
+            self.record(journal);
+        }
     }
 
     /// The head as of the last look.

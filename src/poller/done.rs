@@ -8,15 +8,23 @@ use super::message::IoFailure;
 use super::sq::Sq;
 use super::stats::NamespaceStats;
 
-/// Post the completion of a command of `sq`. `head`: how far the queue is known to be fetched.
+/// Post the completion of a command of `sq` that was done at once. `head`: how far the queue is known to be fetched.
 #[inline]
 pub(super) fn post(sq: &Sq, cq: &mut Cq, cid: u16, head: u16, status: Status) {
     let field = if status.is_success() {
         StatusField::from_status(status)
     } else {
-        sq.stats.failed.add(1);
-        StatusField::from_status(status).with_dnr(status.default_dnr())
+        status.into()
     };
+    post_field(sq, cq, cid, head, field);
+}
+
+/// Post the completion of a command of `sq`.
+#[inline]
+pub(super) fn post_field(sq: &Sq, cq: &mut Cq, cid: u16, head: u16, field: StatusField) {
+    if !field.is_success() {
+        sq.stats.failed.add(1);
+    }
     let cqe = Cqe {
         sqhd: head,
         sqid: sq.qid,
@@ -27,12 +35,17 @@ pub(super) fn post(sq: &Sq, cq: &mut Cq, cid: u16, head: u16, status: Status) {
 }
 
 /// What goes into the error log, if anything does.
-pub(super) fn failure(sqid: u16, sqe: &Sqe, status: Status, parameter: u16) -> Option<IoFailure> {
+pub(super) fn failure(
+    sqid: u16,
+    sqe: &Sqe,
+    status: StatusField,
+    parameter: u16,
+) -> Option<IoFailure> {
     if status.is_success() {
         return None;
     }
     let told = [Status::ABORT_REQUESTED, Status::ABORTED_SQ_DELETION];
-    (!told.contains(&status)).then_some(IoFailure {
+    (!told.contains(&status.status())).then_some(IoFailure {
         sqid,
         cid: sqe.cid,
         status,

@@ -119,6 +119,7 @@ impl Engine {
             };
             let Some(served) = place else { continue };
             served.touched = false;
+            let resumed = !served.carried.is_empty() && served.carry_on(&mut self.core);
             if std::mem::take(&mut served.submitted) {
                 for channel in &mut served.channels {
                     channel.flush();
@@ -128,7 +129,8 @@ impl Engine {
                 served.awaited = true;
                 self.awaited.push(index);
             }
-            if served.posted != 0 && served.signal(GRACE).is_some() {
+            let held = served.posted != 0 && served.signal(GRACE).is_some();
+            if held || !served.carried.is_empty() {
                 served.touched = true;
                 self.held_back.push(index);
             }
@@ -146,6 +148,9 @@ impl Engine {
                 } else if served.active.len() != queues {
                     self.look_again();
                 }
+            }
+            if resumed {
+                self.look_again();
             }
         }
         std::mem::swap(&mut self.touched, &mut self.held_back);
@@ -172,6 +177,7 @@ impl Engine {
     /// Look at every doorbell in the next pass, also at those that have been quiet.
     pub fn woken(&mut self) {
         self.looks.all_busy();
+        self.served.iter_mut().flatten().for_each(Served::tend);
     }
 
     pub fn find(&mut self, key: ControllerKey) -> Option<(&mut Served, &mut Core)> {

@@ -2,16 +2,17 @@
 //! has to be woken (`docs/VHOST_USER.md`, side words).
 
 use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::Ordering;
 
+use super::idle::Word;
 use crate::memory::{DoorbellWindow, SharedWord, SideWord};
 
 /// Tells the front-end whether a submission queue is looked at without a kick.
 ///
 /// The front-end stores the doorbell, fences, and reads the word; a poller that goes to sleep clears the word, fences, and reads the
 /// doorbell. When this goes, nobody looks any more.
-pub(super) struct Front {
-    awake: SharedWord,
+pub(super) struct Front<W: Word = SharedWord> {
+    awake: W,
     told: bool,
     /// The guest rings for what comes next, and for what came last.
     rings: [bool; 2],
@@ -22,12 +23,18 @@ impl Front {
     pub fn of(window: &Arc<DoorbellWindow>, qid: u16) -> Option<Self> {
         let word = |word| SharedWord::of_vring(window, usize::from(qid), word);
         let attentive = word(SideWord::Attentive)?.load() != 0;
-        Some(Self {
-            awake: word(SideWord::Awake)?,
+        Some(Self::new(word(SideWord::Awake)?)).filter(|_| attentive)
+    }
+}
+
+impl<W: Word> Front<W> {
+    /// That of a queue nobody looks at yet, with this *awake* word.
+    pub fn new(awake: W) -> Self {
+        Self {
+            awake,
             told: false,
             rings: [false; 2],
-        })
-        .filter(|_| attentive)
+        }
     }
 
     /// This queue will be looked at until [`Self::asleep`].
@@ -57,7 +64,7 @@ impl Front {
     }
 }
 
-impl Drop for Front {
+impl<W: Word> Drop for Front<W> {
     fn drop(&mut self) {
         self.asleep();
     }
@@ -90,9 +97,17 @@ impl Side {
         else {
             return false;
         };
-        // Several pollers and the controller may share a vector.
-        calls.fetch_add(1, Ordering::Release);
-        fence(Ordering::SeqCst);
-        watching.load(Ordering::Acquire) != 0
+        tell::<SharedWord>(
+            // Several pollers and the controller may share a vector.
+            || calls.fetch_add(1, Ordering::Release),
+            || watching.load(Ordering::Acquire),
+        )
     }
+}
+
+/// The order of [`Side::tell`]: count, fence, look whether somebody watches.
+pub(super) fn tell<W: Word>(count: impl FnOnce() -> u32, watching: impl FnOnce() -> u32) -> bool {
+    count();
+    W::full_fence();
+    watching() != 0
 }

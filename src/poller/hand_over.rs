@@ -4,20 +4,23 @@
 //! it knows of them but pointers: between two pollers a queue keeps nothing of the guest's memory. The other one finds rings and doorbells in its
 //! own map ([`Served::adopt`]) and looks at each doorbell, so that whatever was rung meanwhile is seen.
 //!
-//! In the journals a queue may be recorded twice for a moment: the new poller writes its record, with the number of the move, before
-//! it fetches anything; the old one strikes its own out only after that ([`Served::forget`]). Until the new record is there the old one is
-//! true, since nothing happens to the queue in between; afterwards the higher number is.
+//! In the journals a queue may be recorded several times: the new poller writes its record, with the number of the move, before
+//! it fetches anything. Until that is there the old one is true, since nothing happens to the queue in between; afterwards the higher
+//! number is.
+//!
+//! Queues of another process come in the same way ([`HandOver::resumed`]), with commands that were out there.
 
 use std::fs::File;
 use std::sync::Arc;
 
 use nvme_spec::Status;
 use nvme_spec::doorbell::Doorbell;
-use nvme_spec::ring::RingSize;
+use nvme_spec::ring::{Phase, RingSize};
 
 use super::bell::Bell;
 use super::cq::{Cq, CqState};
 use super::front::Front;
+use super::journal::Fetched;
 use super::message::{CqConfig, PollerEvent, SqConfig};
 use super::served::{Served, Waiting};
 use super::sq::{Sq, SqState, State};
@@ -32,9 +35,52 @@ pub struct HandOver {
     sqs: Vec<(SqConfig, SqState)>,
     /// The guest may have to be interrupted yet.
     unsignalled: bool,
+    /// Commands to be executed before anything is fetched.
+    carried: Vec<Carried>,
+}
+
+/// A command that a process before us fetched and did not complete.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Carried {
+    /// Its submission queue.
+    pub sqid: u16,
+    /// The command.
+    pub sqe: [u64; 8],
+    /// Where its copy is in the journal of its new poller, until it is completed.
+    pub place: u32,
+}
+
+/// Where a completion queue of a process before us is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CqPlace {
+    /// Where the next completion goes.
+    pub tail: u16,
+    /// Its phase.
+    pub phase: Phase,
+    /// How far the guest has read.
+    pub head: u16,
 }
 
 impl HandOver {
+    /// Queues of a process before us: the completion queue, the submission queues with the heads they had, and the commands that were out, oldest
+    /// first.
+    pub fn resumed(
+        cq: CqConfig,
+        at: CqPlace,
+        sqs: Vec<(SqConfig, u16)>,
+        carried: Vec<Carried>,
+    ) -> Self {
+        let dear = cq.vector.as_ref().is_some_and(|v| v.is_dear());
+        let state = CqState::resumed(cq.size, at.tail, at.phase, at.head, dear);
+        let sq = |(config, head)| (config, SqState::resumed(head));
+        Self {
+            cq: (cq, state),
+            sqs: sqs.into_iter().map(sq).collect(),
+            unsignalled: true,
+            carried,
+        }
+    }
+
     /// The completion queue.
     pub fn cqid(&self) -> u16 {
         self.cq.0.qid
@@ -66,7 +112,9 @@ impl Served {
         let leaving =
             |w: &Waiting| matches!(w, Waiting::Release { cqid: other, .. } if *other == cqid);
         let deleting = |sq: &Sq| sq.cqid == cqid && matches!(sq.state, State::Deleting { .. });
+        let resuming = |sq: &Sq| sq.cqid == cqid && sq.state == State::Resuming;
         if self.cq(cqid).is_none()
+            || self.sqs.iter().flatten().any(resuming)
             || self.waiting.iter().any(leaving)
             || self.sqs.iter().flatten().any(deleting)
         {
@@ -104,6 +152,9 @@ impl Served {
             !keep
         });
         for (token, cqid) in &kept {
+            if self.suspended {
+                continue;
+            }
             self.change_state(*cqid, State::Paused, State::Running);
             self.reply(*token, Ok(false));
         }
@@ -154,18 +205,21 @@ impl Served {
                 cq,
                 sqs,
                 unsignalled,
+                carried: Vec::new(),
             },
         ));
         false
     }
 
     /// Go on with queues where another poller has left off. `number`: of the move, higher than all before.
-    pub fn adopt(&mut self, number: u64, queues: HandOver) -> Result<(), Status> {
+    pub fn adopt(&mut self, number: u32, queues: HandOver) -> Result<(), Status> {
         let HandOver {
-            cq: (cq, cq_state),
+            cq: (mut cq, cq_state),
             sqs,
             unsignalled,
+            carried,
         } = queues;
+        cq.number = number;
         let free = |places: &[bool], qid: u16| places.get(usize::from(qid)) == Some(&true);
         let free_cqs: Vec<bool> = self.cqs.iter().map(Option::is_none).collect();
         let free_sqs: Vec<bool> = self.sqs.iter().map(Option::is_none).collect();
@@ -181,13 +235,17 @@ impl Served {
         }
         let cq = Cq::unpack(cq, cq_state, ring, bell);
         let mut adopted = Vec::new();
-        for (sq, state) in sqs {
+        for (mut sq, state) in sqs {
+            sq.number = number;
             let ring = Ring::new(&self.at.map, sq.base, sq.size.get());
             let (bell, whole) = self.bell_as_it_is(Doorbell::Sq(sq.qid), sq.size)?;
             if (ring.is_none() || !whole) && !state.gone() {
                 gone.push(sq.qid);
             }
             let mut sq = Sq::unpack(sq, state, ring, bell);
+            if !carried.is_empty() && sq.state == State::Running {
+                sq.state = State::Resuming;
+            }
             if sq.cqid == sq.qid {
                 sq.front = Front::of(&self.at.window, sq.qid);
             }
@@ -195,11 +253,12 @@ impl Served {
         }
         // All of it is there: from here on nothing fails. The journal first, before anything is fetched.
         if let Some(journal) = &self.journal {
-            let (tail, phase) = cq.place();
-            journal.adopted_cq(cqid, tail, phase, number);
             for sq in &adopted {
-                journal.adopted_sq(sq.qid, sq.head, number);
+                let head = sq.head;
+                journal.fetched(sq.qid, Fetched { number, head });
             }
+            // Last: the record before it may name one of them.
+            cq.record(journal);
         }
         if let Some(place) = self.cqs.get_mut(usize::from(cqid)) {
             *place = Some(cq);
@@ -215,6 +274,8 @@ impl Served {
         if unsignalled {
             self.posted |= 1 << (cqid & 63);
         }
+        self.unsettled |= !carried.is_empty();
+        self.carried.extend(carried);
         for qid in gone {
             self.event(PollerEvent::QueueMemoryGone { qid });
         }
@@ -230,18 +291,5 @@ impl Served {
         let whole = !matches!(shadow, Some(Err(_)));
         let shadow = shadow.and_then(Result::ok);
         Ok((Bell::new(register, shadow, size), whole))
-    }
-
-    /// Strike queues out of the journal that are on another poller now.
-    pub fn forget(&mut self, cqid: u16, sqids: &[u16]) {
-        let Some(journal) = &self.journal else { return };
-        if self.cqs.get(usize::from(cqid)).is_some_and(Option::is_none) {
-            journal.forget_cq(cqid);
-        }
-        for qid in sqids {
-            if self.sqs.get(usize::from(*qid)).is_some_and(Option::is_none) {
-                journal.forget_sq(*qid);
-            }
-        }
     }
 }

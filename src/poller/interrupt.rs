@@ -60,6 +60,12 @@ impl Interrupts {
         self.fresh = true;
     }
 
+    /// So many entries are there that the guest may not have been told of.
+    pub fn posted_many(&mut self, entries: u32) {
+        self.unsignalled = entries;
+        self.fresh = entries > 0;
+    }
+
     /// Entries that were posted since the last interrupt; the guest may have seen some.
     #[inline]
     pub fn count(&self) -> u32 {

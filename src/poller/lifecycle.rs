@@ -1,11 +1,13 @@
 //! Endings on a poller: of a command by Abort, of a queue by Delete, of everything by a reset, of memory by hotplug.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::interrupt::GRACE;
 use super::run::Core;
 use super::served::{Served, Waiting};
-use super::sq::{MAX_ABORTS_WAITING, State};
+use super::slot::Slot;
+use super::sq::{Sq, State};
 use crate::backend::{Cancelled, Channel as _};
 use crate::memory::GuestMap;
 use nvme_spec::Status;
@@ -19,10 +21,14 @@ impl Served {
             .find(|(_, s)| s.sqid == sqid && s.cid == cid && !s.mute)
             .map(|(tag, s)| (tag, s.namespace, s.abort.is_some()));
         match out {
+            None if self.give_up_carried(Status::ABORT_REQUESTED, |c| c.is(sqid, cid)) => {
+                self.signal(GRACE);
+                self.reply(token, Ok(true));
+            }
             Some((_, _, true)) => self.reply(token, Ok(false)),
             Some((tag, namespace, false)) => match self.cancel(tag, namespace) {
                 Cancelled::Gone => {
-                    self.complete(core, tag, Status::ABORT_REQUESTED);
+                    self.complete(core, tag, Status::ABORT_REQUESTED.into());
                     self.signal(GRACE);
                     self.reply(token, Ok(true));
                 }
@@ -33,17 +39,11 @@ impl Served {
                 }
             },
             None => {
-                let marked = self.sq(sqid).is_some_and(|sq| {
-                    // What the guest has queued by now counts, not what we saw last.
-                    let _ = sq.look();
-                    let room = sq.aborts.len() < MAX_ABORTS_WAITING;
-                    let there = room && sq.holds_unfetched(cid);
-                    if there {
-                        sq.aborts.push(cid);
-                    }
-                    there
-                });
-                self.reply(token, Ok(marked));
+                let mut sq = self.sq(sqid);
+                match sq.as_mut().is_some_and(|sq| sq.abort_unfetched(cid, token)) {
+                    true => self.unsettled = true,
+                    false => self.reply(token, Ok(false)),
+                }
             }
         }
     }
@@ -68,6 +68,7 @@ impl Served {
         }
         sq.state = State::Deleting { token };
         self.unsettled = true;
+        self.give_up_carried(Status::ABORTED_SQ_DELETION, |c| c.sqid == qid);
         let out: Vec<_> = core
             .slots
             .of_controller(self.index)
@@ -79,7 +80,7 @@ impl Served {
                 slot.queue_deleted = true;
             }
             if self.cancel(tag, namespace) == Cancelled::Gone {
-                self.complete(core, tag, Status::ABORT_REQUESTED);
+                self.complete(core, tag, Status::ABORT_REQUESTED.into());
             }
         }
         self.signal(GRACE);
@@ -90,6 +91,11 @@ impl Served {
         // First of all: the pages are not ours any more as soon as the guest sees the reset.
         self.drop_queues();
         self.admin = None;
+        for carried in self.carried.drain(..) {
+            if let Some(journal) = &self.journal {
+                journal.strike(carried.place);
+            }
+        }
         let out: Vec<_> = core
             .slots
             .of_controller(self.index)
@@ -100,22 +106,53 @@ impl Served {
                 slot.mute = true;
             }
             if self.cancel(tag, namespace) == Cancelled::Gone {
-                self.complete(core, tag, Status::ABORT_REQUESTED);
+                self.complete(core, tag, Status::ABORT_REQUESTED.into());
             }
         }
         self.waiting.push(Waiting::Reset { token, detach });
         self.unsettled = true;
     }
 
+    /// Fetch nothing any more, and go when nothing is out. What is not done then is in the journal.
+    pub fn begin_suspend(&mut self, token: u64) {
+        self.admin = None;
+        self.suspended = true;
+        self.carried.clear();
+        for sq in self.sqs.iter_mut().flatten() {
+            if let State::Running | State::Resuming = sq.state {
+                sq.state = State::Paused;
+            }
+        }
+        self.waiting.push(Waiting::Suspend { token });
+        self.unsettled = true;
+    }
+
+    /// Whether the store has a command as the guest wrote it.
+    fn is_forwarded(&self, slot: &Slot) -> bool {
+        let namespace = self.at.namespaces.get(slot.namespace as usize);
+        namespace.is_some_and(|ns| ns.forwards)
+    }
+
     /// Use other memory.
     pub fn begin_memory(&mut self, token: u64, map: Arc<GuestMap>) {
         let old = self.set_map(Arc::clone(&map));
+        self.epoch += 1;
         self.waiting.push(Waiting::Memory {
             token,
             old,
             new: map,
+            epoch: self.epoch,
         });
         self.unsettled = true;
+    }
+
+    /// Answer Aborts of commands that were fetched since.
+    fn settle_aborts(&mut self, qid: u16) {
+        while let Some((token, aborted)) = self.sq(qid).and_then(Sq::ended_abort) {
+            self.reply(token, Ok(aborted));
+        }
+        let waits = self.sq(qid).is_some_and(|sq| !sq.aborts.is_empty());
+        self.unsettled |= waits;
     }
 
     /// Answer what has come to its end. `true` if the controller is to be forgotten.
@@ -128,6 +165,7 @@ impl Served {
             let Some(qid) = self.active.get(i).copied() else {
                 continue;
             };
+            self.settle_aborts(qid);
             if let Some(sq) = self.sq(qid)
                 && let State::Deleting { token } = sq.state
             {
@@ -135,11 +173,20 @@ impl Served {
                     self.unsettled = true;
                     continue;
                 }
-                if let Some(place) = self.sqs.get_mut(usize::from(qid)) {
-                    *place = None;
+                let cqid = sq.cqid;
+                let place = self.sqs.get_mut(usize::from(qid));
+                for abort in place
+                    .and_then(Option::take)
+                    .into_iter()
+                    .flat_map(|sq| sq.aborts)
+                {
+                    // Its command ends with the queue, and is not completed.
+                    self.reply(abort.token, Ok(true));
                 }
-                if let Some(journal) = &self.journal {
-                    journal.forget_sq(qid);
+                if let Some(journal) = &self.journal
+                    && let Some(Some(cq)) = self.cqs.get_mut(usize::from(cqid))
+                {
+                    cq.forget(journal, qid);
                 }
                 self.active.swap_remove(i);
                 self.reply(token, Ok(true));
@@ -147,25 +194,46 @@ impl Served {
         }
         let mut forget = false;
         let mut waiting = std::mem::take(&mut self.waiting);
-        waiting.retain(|w| match w {
-            Waiting::Memory { token, old, new } => {
+        waiting.retain_mut(|w| match w {
+            Waiting::Memory {
+                token,
+                old,
+                new,
+                epoch,
+            } => {
                 let lost = old.lost_in(new);
                 let used = !lost.is_empty()
-                    && core.slots.of_controller(self.index).any(|(tag, _)| {
+                    && core.slots.of_controller(self.index).any(|(tag, slot)| {
+                        // Nobody read the PRP lists of a forwarded command: it may use any region there was when it was begun.
+                        if self.is_forwarded(slot) && slot.epoch < *epoch {
+                            return true;
+                        }
                         let segs = core.slots.segments(tag);
                         lost.iter().any(|r| segs.iter().any(|s| r.holds(s)))
                     });
                 if !used {
+                    // Whoever waits for the answer counts on it that we hold nothing of the old memory.
+                    old.clone_from(new);
                     self.reply(*token, Ok(true));
                 }
                 used
             }
             Waiting::Release { token, cqid, .. } => self.settle_release(*token, *cqid),
+            Waiting::Suspend { token } => {
+                let done = self.outstanding == 0;
+                if done {
+                    // Nobody will look whether the guest is consuming anyway.
+                    self.signal(Duration::ZERO);
+                    self.reply(*token, Ok(true));
+                    forget = true;
+                }
+                !done
+            }
             Waiting::Reset { token, detach } => {
                 let done = self.outstanding == 0;
                 if done {
                     self.reply(*token, Ok(true));
-                    forget |= detach;
+                    forget |= *detach;
                 }
                 !done
             }

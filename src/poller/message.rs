@@ -6,14 +6,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
 
 use arc_swap::ArcSwapOption;
-use nvme_spec::Status;
+use crossbeam_channel::Sender;
 use nvme_spec::doorbell::DoorbellStride;
 use nvme_spec::ring::RingSize;
+use nvme_spec::{Status, StatusField};
 use rustix::fs::OFlags;
 
 use super::front::Side;
 use super::hand_over::HandOver;
 use super::interrupt::Coalescing;
+use super::journal::Journal;
 use super::stats::{NamespaceStats, QueueStats};
 use crate::io::Namespace;
 use crate::memory::{DoorbellWindow, GuestMap};
@@ -42,8 +44,12 @@ pub struct Attachment {
     pub max_transfer: u32,
     /// NN: higher NSIDs cannot be.
     pub max_namespaces: u32,
+    /// SGLs are offered.
+    pub sgls: bool,
     /// How doorbells reach us now.
     pub doorbells: DoorbellMode,
+    /// Where this poller writes down what another process needs to go on; `None` = nowhere. It has a place for each slot.
+    pub journal: Option<Journal>,
 }
 
 /// An interrupt vector: the eventfd behind it may be exchanged at any time.
@@ -122,6 +128,8 @@ impl Vector {
 pub struct CqConfig {
     /// Queue identifier, not 0.
     pub qid: u16,
+    /// Number of its creation, higher than those of all creations and moves before: 1 to [`LAST_NUMBER`](super::journal::LAST_NUMBER).
+    pub number: u32,
     /// Guest physical address, page aligned.
     pub base: u64,
     /// Entries.
@@ -138,6 +146,8 @@ pub struct CqConfig {
 pub struct SqConfig {
     /// Queue identifier, not 0.
     pub qid: u16,
+    /// As that of a completion queue.
+    pub number: u32,
     /// Guest physical address, page aligned.
     pub base: u64,
     /// Entries.
@@ -260,27 +270,23 @@ pub enum Message {
         /// The completion queue.
         cqid: u16,
     },
-    /// Go on with queues of another poller.
+    /// Go on with queues of another poller, or of another process.
     Adopt {
         /// Goes back in the reply.
         token: u64,
         /// Which controller.
         key: ControllerKey,
         /// The number of this move: higher than of all before of this controller, and not 0.
-        number: u64,
+        number: u32,
         /// The queues.
         queues: Box<HandOver>,
     },
-    /// Keep no record of these queues, unless they are here.
-    Forget {
+    /// Answer, if this controller is served here.
+    Hello {
         /// Goes back in the reply.
         token: u64,
         /// Which controller.
         key: ControllerKey,
-        /// The completion queue.
-        cqid: u16,
-        /// Its submission queues.
-        sqids: Vec<u16>,
     },
     /// The eventfd of a queue's kick has changed.
     SetKick {
@@ -313,13 +319,26 @@ pub enum Message {
         /// Which controller.
         key: ControllerKey,
     },
-    /// As `Reset`, then forget the controller.
+    /// Fetch no more, let what is out finish and tell the guest, then forget the queues and the controller, and answer. What the journal says stays
+    /// true. [`Message::Detach`] after it gives up what takes too long, and leaves it in the journal.
+    Suspend {
+        /// Goes back in the reply.
+        token: u64,
+        /// Which controller.
+        key: ControllerKey,
+    },
+    /// As `Reset`, but write nothing into the journal any more; then forget the controller.
     Detach {
         /// Goes back in the reply.
         token: u64,
         /// Which controller.
         key: ControllerKey,
     },
+    /// Show that the thread looks at its mail: it drops this.
+    Ping(Sender<()>),
+    /// Do nothing else until the sender of this is dropped.
+    #[cfg(test)]
+    Stuck(crossbeam_channel::Receiver<()>),
     /// End the thread. Controllers are detached first.
     Stop,
 }
@@ -343,7 +362,7 @@ pub struct IoFailure {
     /// Command identifier.
     pub cid: u16,
     /// What the guest was told.
-    pub status: Status,
+    pub status: StatusField,
     /// Namespace of the command, as the guest gave it.
     pub nsid: u32,
     /// First block of the command, or of the failed part.

@@ -4,6 +4,7 @@
 //! the controller's [`ControlSink`]. Neither side ever waits for the other while it holds something.
 
 mod bell;
+mod carry;
 mod cq;
 mod done;
 mod engine;
@@ -23,7 +24,7 @@ pub(crate) mod sleep;
 mod slot;
 mod sq;
 pub mod stats;
-#[cfg(feature = "testing")]
+#[cfg(any(test, feature = "testing"))]
 pub mod testing;
 mod thread;
 mod topology;
@@ -36,15 +37,20 @@ mod patience;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]
+mod tests_deallocate;
+#[cfg(test)]
+mod tests_doorbells;
+#[cfg(test)]
 mod tests_journal;
 
-pub use hand_over::HandOver;
+pub use hand_over::{Carried, CqPlace, HandOver};
 pub use interrupt::Coalescing;
-pub use journal::{Copied, Journal};
+pub use journal::{Copied, Fetched, Journal, LAST_NUMBER, Posted};
 pub use message::{
     Attachment, ControlSink, ControllerKey, CqConfig, DoorbellMode, IoFailure, Message,
     PollerEvent, Reply, ShadowConfig, SqConfig, Vector,
 };
+pub use run::CARRIED;
 
 use std::io;
 use std::sync::Arc;
@@ -55,6 +61,7 @@ use mailbox::{Sending, mailbox};
 use rustix::thread::{CpuSet, sched_setaffinity};
 use stats::PollerStats;
 use thread::Thread;
+pub(crate) use topology::node_of;
 
 /// How a poller waits when there is nothing to do.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -88,6 +95,8 @@ pub struct PollerHandle {
     pub index: usize,
     /// Its counters.
     pub stats: Arc<PollerStats>,
+    /// Commands that can be out at a time.
+    pub slots: usize,
     /// The NUMA node of its core, if it has one and the kernel says so.
     pub node: Option<u32>,
     /// Queues that controllers have put on it.
@@ -150,7 +159,8 @@ impl PollerPool {
             pool.handles.push(PollerHandle {
                 index,
                 stats,
-                node: core.and_then(topology::node_of),
+                slots: config.slots,
+                node: core.and_then(node_of),
                 queues: Arc::default(),
                 mailbox: sending,
             });

@@ -1,6 +1,6 @@
 //! The way of a command on its poller: fetch, begin, finish, post.
 
-use nvme_spec::{Sqe, Status};
+use nvme_spec::{Sqe, Status, StatusField};
 
 use super::done::{self, Tally};
 use super::journal::Copied;
@@ -8,8 +8,8 @@ use super::message::PollerEvent;
 use super::served::Served;
 use super::slot::{Rest, Slots};
 use super::work::{Begun, Prepared, Work};
-use crate::backend::{Channel as _, Finished};
-use crate::io::{MAX_RANGES, Range};
+use crate::backend::{BlockRange, Channel as _, Finished};
+use crate::io::MAX_RANGES;
 
 /// Commands taken from one queue before results and mail have their turn.
 const BURST: u32 = 32;
@@ -21,19 +21,22 @@ const SHARED_BURST: u32 = 8;
 /// taken, and two are in hand: so it is exceeded by two transfers at most.
 pub(super) const BURST_BYTES: u32 = 256 << 10;
 
+/// Commands that a process before us left come before all of ours: so many there are at most.
+pub const CARRIED: u64 = 1 << 32;
+
 /// What all controllers of a poller share.
 pub(super) struct Core {
     pub slots: Slots,
     /// Results of a channel, taken in one go.
     finished: Vec<Finished>,
     /// Ranges of the Dataset Management command at hand.
-    ranges: Vec<Range>,
+    pub ranges: Vec<BlockRange>,
     /// There are several controllers: each leaves slots to the others.
     pub shared: bool,
     /// Commands taken from one queue before the next has its turn.
     burst: u32,
     /// Fetch order of commands that have to wait.
-    sequence: u32,
+    sequence: u64,
 }
 
 impl Core {
@@ -44,7 +47,8 @@ impl Core {
             ranges: Vec::with_capacity(MAX_RANGES),
             shared: false,
             burst: BURST,
-            sequence: 0,
+            // Behind those of a process before us.
+            sequence: CARRIED,
         }
     }
 
@@ -105,6 +109,11 @@ impl Served {
                 continue;
             }
             channel.poll(&mut core.finished);
+            // Told with what comes new in this pass.
+            if channel.unsent() {
+                self.submitted = true;
+                busy = true;
+            }
             let mut finished = std::mem::take(&mut core.finished);
             busy |= !finished.is_empty();
             for result in finished.drain(..) {
@@ -138,33 +147,35 @@ impl Served {
                     self.submitted = true;
                     return;
                 }
-                Begun::Done(refusal) => status = refusal.status,
+                Begun::Done(refusal) => status = refusal.status.into(),
             }
         }
         self.complete(core, finished.tag, status);
     }
 
     /// Tell the guest of a command that had to wait, and free the slot.
-    pub fn complete(&mut self, core: &mut Core, tag: u32, status: Status) {
+    pub fn complete(&mut self, core: &mut Core, tag: u32, status: StatusField) {
         let Some(slot) = core.slots.get(tag) else {
             return;
         };
-        let status = if slot.queue_deleted && status == Status::ABORT_REQUESTED {
-            Status::ABORTED_SQ_DELETION
+        let aborted = status.status() == Status::ABORT_REQUESTED;
+        let status = if slot.queue_deleted && aborted {
+            Status::ABORTED_SQ_DELETION.into()
         } else {
             status
         };
-        if let Some(token) = slot.abort.take() {
-            let aborted = status == Status::ABORT_REQUESTED;
-            self.reply(token, Ok(aborted));
-        }
+        let abort = slot.abort.take();
         self.outstanding = self.outstanding.saturating_sub(1);
         // What it had still to do is not for the next command in this slot.
         slot.rest = Rest::Nothing;
+        let copy = slot.journal_at;
         if slot.mute {
             core.slots.release(tag);
             if let Some(journal) = &self.journal {
-                journal.strike(tag);
+                journal.strike(copy);
+            }
+            if let Some(token) = abort {
+                self.reply(token, Ok(aborted));
             }
             return;
         }
@@ -172,29 +183,33 @@ impl Served {
         let (sqid, cqid) = (slot.sqid, slot.cqid);
         let (namespace, blocks, start) = (slot.namespace, slot.blocks, slot.start);
         core.slots.release(tag);
+        // First, so that a guest that asks for the error log finds what it was told of.
+        if let Some(failure) = done::failure(sqid, &sqe, status, 0xffff) {
+            self.report(failure);
+        }
         if let (Some(Some(sq)), Some(Some(cq))) = (
             self.sqs.get_mut(usize::from(sqid)),
             self.cqs.get_mut(usize::from(cqid)),
         ) {
-            done::post(sq, cq, sqe.cid, sq.head, status);
+            done::post_field(sq, cq, sqe.cid, sq.head, status);
             sq.outstanding = sq.outstanding.saturating_sub(1);
             sq.stats.completed.add(1);
             sq.stats.service.done(start);
             self.posted |= 1 << (cqid & 63);
             if let Some(journal) = &self.journal {
-                journal.strike(tag);
+                journal.strike(copy);
                 // Before anything is fetched again: the guest may give the next command this identifier.
-                let (tail, phase) = cq.place();
-                journal.posted(cqid, tail, phase);
+                cq.record(journal);
             }
         } else if let Some(journal) = &self.journal {
-            journal.strike(tag);
+            journal.strike(copy);
         }
         let mut tally = Tally::new(&self.at.stats);
-        tally.count(namespace, sqe.opcode, blocks, status);
+        tally.count(namespace, sqe.opcode, blocks, status.status());
         tally.settle();
-        if let Some(failure) = done::failure(sqid, &sqe, status, 0xffff) {
-            self.report(failure);
+        // After the completion: nobody is told that a command was aborted which a process after us would carry out.
+        if let Some(token) = abort {
+            self.reply(token, Ok(aborted));
         }
     }
 
@@ -278,13 +293,8 @@ impl Served {
                 Begun::Done(refusal) => {
                     let (namespace, blocks) = (slot.namespace, slot.blocks);
                     core.slots.release(now.tag);
-                    done::post(sq, cq, now.sqe.cid, now.head, refusal.status);
-                    sq.stats.service.done(start);
-                    done += 1;
-                    bytes = bytes.saturating_sub(now.bytes);
-                    tally.count(namespace, now.sqe.opcode, blocks, refusal.status);
                     if let Some(failure) =
-                        done::failure(qid, &now.sqe, refusal.status, refusal.parameter)
+                        done::failure(qid, &now.sqe, refusal.status.into(), refusal.parameter)
                         && self.reports_left > 0
                     {
                         self.reports_left -= 1;
@@ -292,6 +302,11 @@ impl Served {
                             .sink
                             .event(self.poller, PollerEvent::Failed(failure));
                     }
+                    done::post(sq, cq, now.sqe.cid, now.head, refusal.status);
+                    sq.stats.service.done(start);
+                    done += 1;
+                    bytes = bytes.saturating_sub(now.bytes);
+                    tally.count(namespace, now.sqe.opcode, blocks, refusal.status);
                 }
                 Begun::Pending => {
                     slot.served = self.index;
@@ -300,8 +315,10 @@ impl Served {
                     slot.cid = now.sqe.cid;
                     slot.mute = false;
                     slot.queue_deleted = false;
+                    slot.journal_at = now.tag;
                     slot.start = start;
                     slot.abort = None;
+                    slot.epoch = self.epoch;
                     slot.sqe = zerocopy::transmute!(now.sqe);
                     core.sequence = core.sequence.wrapping_add(1);
                     if let Some(journal) = &self.journal {
@@ -328,15 +345,11 @@ impl Served {
         }
         sq.stats.fetched.add(u64::from(done + out));
         if let Some(journal) = &self.journal {
-            journal.fetched(qid, sq.head);
+            cq.record_batch(journal, qid, sq.number, sq.head);
         }
         if done > 0 {
             sq.stats.completed.add(u64::from(done));
             self.posted |= 1 << (cqid & 63);
-            if let Some(journal) = &self.journal {
-                let (tail, phase) = cq.place();
-                journal.posted(cqid, tail, phase);
-            }
         }
         if out > 0 {
             self.outstanding += out as usize;

@@ -1,5 +1,6 @@
 //! What a poller knows of one controller: its queues, its channels, its memory.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,15 +12,15 @@ use nvme_spec::ring::RingSize;
 use super::bell::{Bell, Shadow};
 use super::cq::Cq;
 use super::front::Front;
-use super::hand_over::HandOver;
+use super::hand_over::{Carried, HandOver};
 use super::idle::Awaited;
-use super::journal::Journal;
+use super::journal::{Fetched, Journal};
 use super::message::{
     Attachment, CqConfig, DoorbellMode, IoFailure, PollerEvent, Reply, ShadowConfig, SqConfig,
 };
 use super::run::bits;
 use super::sq::{Sq, State};
-use crate::backend::{AnyChannel, OpenError};
+use crate::backend::{AnyChannel, Channel, OpenError};
 use crate::io::Limits;
 use crate::memory::{GuestMap, Place, Ring, SharedWord};
 
@@ -36,11 +37,15 @@ pub(super) enum Waiting {
         token: u64,
         old: Arc<GuestMap>,
         new: Arc<GuestMap>,
+        /// The number of this change.
+        epoch: u64,
     },
     /// All queues are forgotten when nothing is out.
     Reset { token: u64, detach: bool },
     /// A completion queue is handed over, with its submission queues, when nothing of them is out.
     Release { token: u64, cqid: u16, ticks: u32 },
+    /// The controller is forgotten when nothing is out; what the journal says stays true.
+    Suspend { token: u64 },
 }
 
 /// One controller on one poller.
@@ -61,9 +66,15 @@ pub(super) struct Served {
     pub active_cqs: Vec<u16>,
     pub shadow: Option<ShadowConfig>,
     pub limits: Limits,
+    /// Changes of the guest's memory so far.
+    pub epoch: u64,
     /// Commands that are out.
     pub outstanding: usize,
     pub waiting: Vec<Waiting>,
+    /// Commands of a process before us that have not begun yet. Their queues fetch nothing until there are none.
+    pub carried: VecDeque<Carried>,
+    /// Nothing is fetched any more.
+    pub suspended: bool,
     /// Queues that leave at the end of this pass. Empty between passes.
     pub leaving: Vec<(u64, HandOver)>,
     /// A queue is being deleted, or something waits.
@@ -87,8 +98,7 @@ pub(super) struct Served {
 
 impl Served {
     pub fn new(
-        at: Attachment,
-        journal: Option<Journal>,
+        mut at: Attachment,
         index: u32,
         poller: usize,
         depth: usize,
@@ -106,16 +116,20 @@ impl Served {
             limits: Limits {
                 max_transfer: at.max_transfer,
                 max_namespaces: at.max_namespaces,
+                sgls: at.sgls,
             },
+            journal: at.journal.take(),
             at,
-            journal,
             sqs: (0..MAX_QUEUES).map(|_| None).collect(),
             cqs: (0..MAX_QUEUES).map(|_| None).collect(),
             active: Vec::with_capacity(MAX_QUEUES),
             active_cqs: Vec::with_capacity(MAX_QUEUES),
             shadow: None,
+            epoch: 0,
             outstanding: 0,
             waiting: Vec::new(),
+            carried: VecDeque::new(),
+            suspended: false,
             leaving: Vec::new(),
             unsettled: false,
             posted: 0,
@@ -143,6 +157,11 @@ impl Served {
             self.reports_left -= 1;
             self.event(PollerEvent::Failed(failure));
         }
+    }
+
+    /// Let channels see to what is not the doing of a request.
+    pub fn tend(&mut self) {
+        self.channels.iter_mut().for_each(Channel::tend);
     }
 
     /// Some time has passed.
@@ -196,10 +215,11 @@ impl Served {
             .filter(|place| place.is_none() && config.qid != 0)
             .ok_or(Status::INVALID_QUEUE_ID)?;
         self.active_cqs.push(config.qid);
+        let cq = Cq::new(config, ring, bell);
         if let Some(journal) = &self.journal {
-            journal.posted(config.qid, 0, true);
+            cq.record(journal);
         }
-        *place = Some(Cq::new(config, ring, bell));
+        *place = Some(cq);
         Ok(())
     }
 
@@ -217,7 +237,8 @@ impl Served {
             .ok_or(Status::INVALID_QUEUE_ID)?;
         self.active.push(config.qid);
         if let Some(journal) = &self.journal {
-            journal.fetched(config.qid, 0);
+            let (number, head) = (config.number, 0);
+            journal.fetched(config.qid, Fetched { number, head });
         }
         let mut sq = Sq::new(config, ring, bell);
         // The front-end's word is that of the identifier, which is the completion queue's too: only if it is the same poller's.
@@ -239,9 +260,6 @@ impl Served {
             .filter(|place| place.is_some())
             .ok_or(Status::INVALID_QUEUE_ID)?;
         let kick = place.take().and_then(|cq| cq.kick);
-        if let Some(journal) = &self.journal {
-            journal.forget_cq(qid);
-        }
         self.active_cqs.retain(|q| *q != qid);
         self.posted &= !(1 << (qid & 63));
         Ok(kick)
@@ -305,12 +323,6 @@ impl Served {
     /// Forget every queue.
     pub fn drop_queues(&mut self) {
         self.drop_shadow();
-        if let Some(journal) = &self.journal {
-            (1..MAX_QUEUES as u16).for_each(|qid| {
-                journal.forget_sq(qid);
-                journal.forget_cq(qid);
-            });
-        }
         self.sqs.iter_mut().for_each(|sq| *sq = None);
         self.cqs.iter_mut().for_each(|cq| *cq = None);
         self.active.clear();
@@ -419,9 +431,10 @@ impl Served {
         self.admin.is_some() || self.sqs.iter().flatten().any(|sq| !sq.bell.has_shadow())
     }
 
-    /// Whether the guest can ring without waking anybody.
+    /// Whether the guest can ring without waking anybody. A shadow makes no difference: the ring that EventIdx asks for is a store to the
+    /// same doorbell.
     pub fn is_mapped(&self) -> bool {
-        self.at.doorbells == DoorbellMode::Mapped && self.has_unshadowed()
+        self.at.doorbells == DoorbellMode::Mapped && self.has_queues()
     }
 
     /// Interrupt the guest for each completion queue that has something new, unless that can wait: until then, if so, and

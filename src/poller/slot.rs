@@ -2,7 +2,8 @@
 
 use std::time::Instant;
 
-use crate::io::{MAX_SEGMENTS, Range};
+use crate::backend::BlockRange;
+use crate::io::MAX_SEGMENTS;
 use crate::memory::HostSeg;
 
 /// What a command still has to do when its present request is finished.
@@ -10,8 +11,8 @@ use crate::memory::HostSeg;
 pub(super) enum Rest {
     #[default]
     Nothing,
-    /// Deallocate these ranges, last first.
-    Ranges(Vec<Range>),
+    /// Deallocate these ranges.
+    Ranges(Vec<BlockRange>),
     /// Flush the namespaces from this index on.
     FlushFrom(usize),
 }
@@ -41,6 +42,8 @@ pub(super) struct Slot {
     pub sqid: u16,
     pub cqid: u16,
     pub cid: u16,
+    /// Where its copy is in the journal.
+    pub journal_at: u32,
     /// Number of segments.
     pub segments: u32,
     /// How many blocks it moves or examines, for the counters.
@@ -49,6 +52,8 @@ pub(super) struct Slot {
     pub start: Option<Instant>,
     /// The reply that waits for what becomes of it.
     pub abort: Option<u64>,
+    /// How many changes of the guest's memory there had been when it was begun.
+    pub epoch: u64,
     /// What the guest asked for.
     pub sqe: [u64; 8],
     pub rest: Rest,
@@ -73,10 +78,12 @@ impl Slots {
                 state: SlotState::Free,
                 mute: false,
                 queue_deleted: false,
+                journal_at: 0,
                 segments: 0,
                 blocks: 0,
                 start: None,
                 abort: None,
+                epoch: 0,
                 sqe: [0; 8],
                 rest: Rest::Nothing,
             })

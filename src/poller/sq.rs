@@ -19,6 +19,8 @@ pub(super) enum State {
     Running,
     /// To be handed over to another poller: nothing is fetched until that is done or given up.
     Paused,
+    /// It has come from a process before us, whose commands are carried on with first.
+    Resuming,
     /// The guest rang with a value its queue does not have; only deletion or reset helps.
     Stopped,
     /// Being deleted: the reply goes out when no command is out.
@@ -44,22 +46,36 @@ pub(super) struct Sq {
     pub state: State,
     /// Commands that were fetched and have not completed.
     pub outstanding: u32,
+    /// Of the creation or move that brought it here.
+    pub number: u32,
     /// The region of its data, most likely.
     pub near: Near,
     pub stats: Arc<QueueStats>,
-    /// Command identifiers to be aborted when they are fetched.
-    pub aborts: Vec<u16>,
+    /// Commands to be aborted when they are fetched.
+    pub aborts: Vec<Abort>,
     pub bell: Bell,
     /// The front-end's side, if it listens.
     pub front: Option<Front>,
     pub kick: Option<Arc<File>>,
     pub base: u64,
+    /// An SGL has come.
+    pub sgls: bool,
 }
 
 const _: () = assert!(
     std::mem::offset_of!(Sq, aborts) <= 128,
     "what a fetch touches lies on two cache lines"
 );
+
+/// An Abort of a command that was not fetched yet. It is answered only when the guest was told of the command: whoever goes on after us
+/// knows nothing of it, and begins the Abort again.
+pub(super) struct Abort {
+    pub cid: u16,
+    /// Of the answer.
+    pub token: u64,
+    /// The command was fetched.
+    pub met: bool,
+}
 
 /// What has become of a submission queue, without its memory.
 pub(super) struct SqState {
@@ -68,10 +84,19 @@ pub(super) struct SqState {
     head: u16,
     tail: u16,
     stopped: bool,
-    aborts: Vec<u16>,
 }
 
 impl SqState {
+    /// That of a queue of a process before us.
+    pub fn resumed(head: u16) -> Self {
+        Self {
+            gone: false,
+            head,
+            tail: head,
+            stopped: false,
+        }
+    }
+
     /// Whether its memory was not there when it was on a poller last.
     pub fn gone(&self) -> bool {
         self.gone
@@ -86,6 +111,7 @@ impl Sq {
         bell.suppress(0);
         Self {
             qid: config.qid,
+            number: config.number,
             base: config.base,
             size: config.size,
             ring: Some(ring),
@@ -100,6 +126,15 @@ impl Sq {
             outstanding: 0,
             near: Near::default(),
             aborts: Vec::with_capacity(MAX_ABORTS_WAITING),
+            sgls: false,
+        }
+    }
+
+    /// A command with an SGL was taken: say so once.
+    #[cold]
+    pub fn note_sgls(&mut self) {
+        if !std::mem::replace(&mut self.sgls, true) {
+            tracing::debug!(qid = self.qid, "a guest uses SGLs");
         }
     }
 
@@ -107,6 +142,7 @@ impl Sq {
     pub fn pack(mut self) -> (super::SqConfig, SqState) {
         let config = super::SqConfig {
             qid: self.qid,
+            number: self.number,
             base: self.base,
             size: self.size,
             cqid: self.cqid,
@@ -120,7 +156,6 @@ impl Sq {
             head: self.head,
             tail: self.tail,
             stopped: self.state == State::Stopped,
-            aborts: self.aborts,
         };
         (config, state)
     }
@@ -134,6 +169,7 @@ impl Sq {
     ) -> Self {
         Self {
             qid: config.qid,
+            number: config.number,
             base: config.base,
             size: config.size,
             ring,
@@ -151,13 +187,10 @@ impl Sq {
             outstanding: 0,
             front: None,
             near: Near::default(),
-            aborts: state.aborts,
+            // While an Abort waits, no queue is moved.
+            aborts: Vec::with_capacity(MAX_ABORTS_WAITING),
+            sgls: false,
         }
-    }
-
-    /// Look at the guest's tail; the number of commands to fetch.
-    pub fn look(&mut self) -> Result<u32, InvalidTail> {
-        self.accept(self.bell.load())
     }
 
     /// The guest's tail is `value` now; the number of commands to fetch.
@@ -208,20 +241,44 @@ impl Sq {
         if self.aborts.is_empty() {
             return false;
         }
-        match self.aborts.iter().position(|a| *a == cid) {
-            Some(i) => {
-                self.aborts.swap_remove(i);
+        let mut aborts = self.aborts.iter_mut();
+        match aborts.find(|abort| abort.cid == cid && !abort.met) {
+            Some(abort) => {
+                abort.met = true;
                 true
             }
             None => false,
         }
     }
 
+    /// Have a command aborted that was not fetched yet. `false` if there is none.
+    pub fn abort_unfetched(&mut self, cid: u16, token: u64) -> bool {
+        let there = self.state != State::Stopped
+            && self.aborts.len() < MAX_ABORTS_WAITING
+            && self.aborts.iter().all(|abort| abort.cid != cid)
+            && self.holds_unfetched(cid);
+        if there {
+            let met = false;
+            self.aborts.push(Abort { cid, token, met });
+        }
+        there
+    }
+
+    /// The next Abort that has come to its end, with what became of it: its command was completed, or will never be fetched.
+    pub fn ended_abort(&mut self) -> Option<(u64, bool)> {
+        let never = self.state == State::Stopped || self.ring.is_none();
+        let at = self.aborts.iter().position(|abort| abort.met || never)?;
+        let abort = self.aborts.swap_remove(at);
+        Some((abort.token, abort.met))
+    }
+
     /// Whether a command that was not fetched yet has this identifier.
-    pub fn holds_unfetched(&self, cid: u16) -> bool {
+    fn holds_unfetched(&self, cid: u16) -> bool {
         let Some(ring) = &self.ring else { return false };
+        // What the guest has queued by now counts, not what we saw last.
+        let tail = self.size.index(self.bell.load()).unwrap_or(self.tail);
         let mut at = self.head;
-        for _ in 0..self.size.distance(self.head, self.tail) {
+        for _ in 0..self.size.distance(self.head, tail) {
             if (ring.read(u32::from(at))[0] >> 16) as u16 == cid {
                 return true;
             }

@@ -23,6 +23,15 @@ impl Passes {
     ///
     /// What the kernel says when file descriptors run out.
     pub fn new(slots: usize) -> io::Result<Self> {
+        Self::numbered(0, slots)
+    }
+
+    /// The same for the poller of this number.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::new`].
+    pub fn numbered(index: usize, slots: usize) -> io::Result<Self> {
         let (sending, mailbox) = mailbox()?;
         let config = PollerConfig {
             core: None,
@@ -32,7 +41,7 @@ impl Passes {
         };
         let stats = Arc::new(PollerStats::default());
         Ok(Self {
-            thread: Thread::new(0, config, mailbox, stats)?,
+            thread: Thread::new(index, config, mailbox, stats)?,
             mailbox: sending,
         })
     }

@@ -17,6 +17,9 @@ use crate::memory::{DoorbellWindow, GuestMap, Ring, SharedWord, SideWord};
 use crate::poller::stats::{NamespaceStats, QueueStats};
 
 mod attentive;
+mod forwarding;
+mod queues;
+mod waking;
 
 const KEY: ControllerKey = ControllerKey(7);
 const SQ: u64 = 0x1_0000;
@@ -86,6 +89,18 @@ impl Guest {
 
     /// A guest whose front-end may be attentive.
     fn behind(size: u32, idle: IdlePolicy, shadow: bool, attentive: bool) -> Self {
+        let backend = Backend::memory(MemoryOptions {
+            block_shift: 12,
+            blocks: 256,
+            read_only: false,
+            huge_pages: HugePages::Never,
+        })
+        .unwrap();
+        Self::on(backend, size, idle, shadow, attentive)
+    }
+
+    /// The same on any store.
+    fn on(backend: Backend, size: u32, idle: IdlePolicy, shadow: bool, attentive: bool) -> Self {
         let pool = PollerPool::start(&[PollerConfig {
             core: None,
             idle,
@@ -98,14 +113,6 @@ impl Guest {
         let (released_tx, released) = unbounded();
         let map = test_memory(0x10_0000);
         let window = DoorbellWindow::new(4096).unwrap();
-        let backend = Backend::memory(MemoryOptions {
-            block_shift: 12,
-            blocks: 256,
-            read_only: false,
-            huge_pages: HugePages::Never,
-        })
-        .unwrap();
-        let geometry = backend.geometry();
         let (kick, kick_theirs) = eventfd();
         let (head_kick, head_kick_theirs) = eventfd();
         let (calls, call_theirs) = eventfd();
@@ -141,19 +148,16 @@ impl Guest {
                 events: events_tx,
                 released: released_tx,
             }),
-            namespaces: Arc::new([Namespace {
-                nsid: 1,
-                backend: Arc::new(backend),
-                geometry,
-                read_only: false,
-            }]),
+            namespaces: Arc::new([Namespace::new(1, Arc::new(backend), false)]),
             stats: Arc::new([NamespaceStats::default()]),
             map: Arc::clone(&guest.map),
             window: Arc::clone(&guest.window),
             stride: DoorbellStride::new(3),
             max_transfer: 1 << 20,
             max_namespaces: 1,
+            sgls: true,
             doorbells: DoorbellMode::Trapped,
+            journal: None,
         });
         assert_eq!(
             guest.ask(|token| Message::Attach { token, attachment }),
@@ -175,6 +179,7 @@ impl Guest {
         let (size, vector) = (self.size, Arc::clone(&self.vector));
         let cq = CqConfig {
             qid: 1,
+            number: 1,
             base: CQ,
             size,
             vector: Some(vector),
@@ -189,6 +194,7 @@ impl Guest {
         assert_eq!(made, Ok(true));
         let sq = SqConfig {
             qid: 1,
+            number: 2,
             base: SQ,
             size,
             cqid: 1,
@@ -352,7 +358,7 @@ fn refusals_carry_the_exact_status() {
         ),
         (
             Sqe {
-                flags: 0x40,
+                flags: 0x80,
                 ..read(0, 1)
             },
             Status::INVALID_FIELD,
@@ -440,224 +446,6 @@ fn refusals_carry_the_exact_status() {
 }
 
 #[test]
-fn a_wild_tail_stops_its_queue_and_nothing_else() {
-    for wild in [8, 9, 0xffff, 0x1_0000, u32::MAX] {
-        let mut g = Guest::new(8, IdlePolicy::Interrupt, false);
-        g.register(Doorbell::Sq(1)).store(wild, Ordering::Release);
-        use std::io::Write as _;
-        (&g.kick).write_all(&1u64.to_ne_bytes()).unwrap();
-        let event = g.events.recv_timeout(Duration::from_secs(10)).unwrap();
-        assert_eq!(event, PollerEvent::InvalidDoorbell { qid: 1 });
-        // A good value does not start it again; deletion works.
-        g.push(io(NvmOpcode::READ, 1, 0, 1, DATA, 0));
-        g.ring_tail();
-        std::thread::sleep(Duration::from_millis(20));
-        assert!(g.take().is_none());
-        let gone = g.ask(|token| Message::DeleteSq {
-            token,
-            key: KEY,
-            qid: 1,
-        });
-        assert_eq!(gone, Ok(true));
-        let gone = g.ask(|token| Message::DeleteCq {
-            token,
-            key: KEY,
-            qid: 1,
-        });
-        assert_eq!(gone, Ok(true));
-    }
-}
-
-#[test]
-fn a_full_completion_queue_holds_commands_back_and_lets_them_go() {
-    for shadow in [false, true] {
-        // Depth 2: one completion fits. The guest takes completions, but rings the head late.
-        let mut g = Guest::new(2, IdlePolicy::Interrupt, shadow);
-        for cid in 0..20 {
-            g.push(io(NvmOpcode::READ, cid, 0, 1, DATA, 0));
-            g.ring_tail();
-            let cqe = g.wait();
-            assert_eq!(cqe.cid, cid);
-            // The next command is rung before the head is.
-            g.push(io(NvmOpcode::READ, cid + 100, 0, 1, DATA, 0));
-            g.ring_tail();
-            std::thread::sleep(Duration::from_millis(2));
-            assert!(g.take().is_none(), "no room for it yet");
-            g.done();
-            assert_eq!(g.wait().cid, cid + 100);
-            g.done();
-        }
-    }
-}
-
-#[test]
-fn no_wake_up_is_lost() {
-    for idle in [IdlePolicy::Adaptive, IdlePolicy::Interrupt] {
-        for shadow in [false, true] {
-            let mut g = Guest::new(16, idle, shadow);
-            let mut lcg = 1u32;
-            for i in 0..3000u32 {
-                lcg = lcg.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-                let n = 1 + (lcg >> 28) % 4;
-                for k in 0..n {
-                    g.push(io(NvmOpcode::READ, k as u16, 0, 1, DATA, 0));
-                }
-                g.ring_tail();
-                for _ in 0..n {
-                    g.wait();
-                }
-                g.done();
-                // Around the length of the poll window, where the race is.
-                for _ in 0..(lcg >> 20) & 0x3ff {
-                    std::hint::spin_loop();
-                }
-                if i % 512 == 0 {
-                    std::thread::sleep(Duration::from_millis(1));
-                }
-            }
-        }
-    }
-}
-
-#[test]
-fn an_idle_poller_sleeps_and_a_busy_one_is_not_rung() {
-    let mut g = Guest::new(16, IdlePolicy::Adaptive, true);
-    assert_eq!(
-        g.run(io(NvmOpcode::READ, 1, 0, 1, DATA, 0)),
-        Status::SUCCESS
-    );
-    std::thread::sleep(Duration::from_millis(20));
-    let stats = Arc::clone(&g.pool.handles()[0].stats);
-    let before = stats.passes.get();
-    std::thread::sleep(Duration::from_millis(100));
-    assert!(
-        stats.passes.get() - before < 5,
-        "an idle poller looks at nothing"
-    );
-    assert!(g.rings >= 1, "it was rung to be woken");
-
-    let mut g = Guest::new(256, IdlePolicy::Poll, true);
-    for i in 0..2000 {
-        assert_eq!(
-            g.run(io(NvmOpcode::READ, i, 0, 1, DATA, 0)),
-            Status::SUCCESS
-        );
-    }
-    // Laps of the head are rung; a polling poller needs no other ring.
-    assert!(g.rings < 200, "{} rings", g.rings);
-}
-
-#[test]
-fn reset_forgets_the_queues_and_leaves_the_shadow_pages_alone() {
-    let mut g = Guest::new(16, IdlePolicy::Adaptive, true);
-    assert_eq!(
-        g.run(io(NvmOpcode::READ, 1, 0, 1, DATA, 0)),
-        Status::SUCCESS
-    );
-    assert_eq!(g.ask(|token| Message::Reset { token, key: KEY }), Ok(true));
-    // The pages are somebody else's now.
-    assert!(g.map.write(SHADOW.doorbells, &[0x77; 0x2000]));
-    assert!(g.map.write(CQ, &[0x77; 256]));
-    g.register(Doorbell::Sq(1)).store(3, Ordering::Release);
-    use std::io::Write as _;
-    (&g.kick).write_all(&1u64.to_ne_bytes()).unwrap();
-    std::thread::sleep(Duration::from_millis(20));
-    let mut page = [0; 0x2000];
-    assert!(g.map.read(SHADOW.doorbells, &mut page));
-    assert!(page.iter().all(|b| *b == 0x77));
-    let mut cq = [0; 256];
-    assert!(g.map.read(CQ, &mut cq));
-    assert!(cq.iter().all(|b| *b == 0x77));
-    // And it can be used again.
-    g.window.clear();
-    (g.tail, g.head, g.phase, g.shadow) = (0, 0, true, false);
-    assert!(g.map.write(CQ, &[0; 256]));
-    let (_, kick) = eventfd();
-    g.kick = kick.try_clone().unwrap();
-    let (_, head_kick) = eventfd();
-    g.head_kick = head_kick.try_clone().unwrap();
-    g.create(Arc::new(kick), Arc::new(head_kick));
-    assert_eq!(
-        g.run(io(NvmOpcode::READ, 1, 0, 1, DATA, 0)),
-        Status::SUCCESS
-    );
-    assert_eq!(g.ask(|token| Message::Detach { token, key: KEY }), Ok(true));
-}
-
-#[test]
-fn queues_whose_memory_goes_stop_until_it_is_back() {
-    let mut g = Guest::new(16, IdlePolicy::Adaptive, false);
-    assert_eq!(
-        g.run(io(NvmOpcode::READ, 1, 0, 1, DATA, 0)),
-        Status::SUCCESS
-    );
-    let set = |g: &mut Guest, map| {
-        g.ask(|token| Message::SetMemory {
-            token,
-            key: KEY,
-            map,
-        })
-    };
-    assert_eq!(set(&mut g, GuestMap::empty()), Ok(true));
-    let gone: Vec<_> = g.events.try_iter().collect();
-    assert!(gone.contains(&PollerEvent::QueueMemoryGone { qid: 1 }));
-    g.push(io(NvmOpcode::READ, 2, 0, 1, DATA, 0));
-    g.ring_tail();
-    std::thread::sleep(Duration::from_millis(10));
-    assert!(g.take().is_none());
-    let map = Arc::clone(&g.map);
-    assert_eq!(set(&mut g, map), Ok(true));
-    assert_eq!(g.wait().cid, 2);
-}
-
-#[test]
-fn queues_go_on_where_another_poller_left_off() {
-    for shadow in [false, true] {
-        let mut g = Guest::new(16, IdlePolicy::Interrupt, shadow);
-        let read = |cid| io(NvmOpcode::READ, cid, 0, 1, DATA, 0);
-        let kept = g.ask(|token| Message::Release {
-            token,
-            key: KEY,
-            cqid: 2,
-        });
-        assert_eq!(kept, Ok(false), "there is none");
-        for number in 1..40 {
-            assert_eq!(g.run(read(1)), Status::SUCCESS);
-            g.token += 1;
-            let (token, key, cqid) = (g.token, KEY, 1);
-            g.pool.handles()[0].send(Message::Release { token, key, cqid });
-            let (answered, queues) = g.released.recv_timeout(Duration::from_secs(10)).unwrap();
-            assert_eq!(
-                (answered, queues.cqid(), queues.sqids()),
-                (token, 1, vec![1])
-            );
-            // Nobody looks now, and what is rung is not lost.
-            g.push(read(2));
-            g.ring_tail();
-            std::thread::sleep(Duration::from_micros(200));
-            assert!(g.take().is_none());
-            let sqids = vec![1];
-            let done = g.ask(|token| Message::Forget {
-                token,
-                key,
-                cqid,
-                sqids,
-            });
-            assert_eq!(done, Ok(true));
-            let done = g.ask(|token| Message::Adopt {
-                token,
-                key,
-                number,
-                queues,
-            });
-            assert_eq!(done, Ok(true));
-            assert_eq!(g.wait().cid, 2);
-            g.done();
-        }
-    }
-}
-
-#[test]
 fn a_core_that_is_not_there_is_an_error() {
     let config = PollerConfig {
         core: Some(1_000_000),
@@ -704,71 +492,4 @@ fn counters_tell_what_happened() {
     let (passes, empty) = (poller.passes.get(), poller.empty.get());
     assert!(empty > 0 && passes >= empty + 9, "{passes} {empty}");
     assert!(poller.races_lost.get() <= poller.sleeps.get());
-}
-
-#[test]
-fn each_batch_is_signalled_or_needs_no_interrupt() {
-    for idle in [
-        IdlePolicy::Poll,
-        IdlePolicy::Adaptive,
-        IdlePolicy::Interrupt,
-    ] {
-        let mut g = Guest::new(64, idle, true);
-        for _ in 0..500 {
-            for cid in 0..8 {
-                g.push(io(NvmOpcode::READ, cid, 0, 1, DATA, 0));
-                g.ring_tail();
-            }
-            for _ in 0..8 {
-                g.wait();
-            }
-            g.done();
-        }
-        let until = Instant::now() + Duration::from_secs(10);
-        loop {
-            let (sent, spared) = (g.cq_stats.interrupts.get(), g.cq_stats.suppressed.get());
-            let batches = g.stats.batches.get();
-            if sent + spared == batches {
-                assert!(sent > 0);
-                break;
-            }
-            assert!(
-                Instant::now() < until,
-                "{idle:?}: {sent} interrupts sent and {spared} spared for {batches} batches"
-            );
-            std::thread::yield_now();
-        }
-    }
-}
-
-#[test]
-fn entries_below_the_threshold_are_signalled_in_time() {
-    for idle in [
-        IdlePolicy::Poll,
-        IdlePolicy::Adaptive,
-        IdlePolicy::Interrupt,
-    ] {
-        let mut g = Guest::new(16, idle, false);
-        let two_ms = Coalescing { thr_z: 4, time: 20 };
-        g.vector.set_coalescing(two_ms);
-        let calls = |g: &Guest| {
-            let mut count = [0; 8];
-            use std::io::Read as _;
-            (&g.calls)
-                .read(&mut count)
-                .map_or(0, |_| u64::from_ne_bytes(count))
-        };
-        for _ in 0..10 {
-            let start = Instant::now();
-            g.push(io(NvmOpcode::READ, 1, 0, 1, DATA, 0));
-            g.ring_tail();
-            g.wait();
-            while calls(&g) == 0 {
-                assert!(start.elapsed() < Duration::from_secs(10), "{idle:?}");
-                std::thread::yield_now();
-            }
-            assert!(start.elapsed() >= Duration::from_millis(2), "{idle:?}");
-            g.done();
-        }
-    }
 }

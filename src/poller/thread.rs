@@ -9,7 +9,6 @@ use nvme_spec::Status;
 
 use super::engine::{Engine, Left};
 use super::idle::{self, Sleeper, Word as _};
-use super::journal::Journal;
 use super::mailbox::Mailbox;
 use super::message::{Attachment, ControllerKey, DoorbellMode, Message, PollerEvent, Reply};
 use super::patience::Patience;
@@ -30,6 +29,10 @@ const BUSY_BATCHES: u32 = 64;
 
 /// How long a poller naps that has to look at mapped doorbells while it waits for them to be trapped.
 const NAP: Duration = Duration::from_millis(1);
+
+/// And how long once there has been nothing for [`LONG`]: the first command after such a pause waits for it.
+const LONG_NAP: Duration = Duration::from_millis(10);
+const LONG: Duration = Duration::from_secs(2);
 
 /// How long it looks on, at least, while doorbells are mapped because another poller wants them so: until it naps, a ring is
 /// seen at once.
@@ -181,6 +184,7 @@ impl Thread {
                 served.event(PollerEvent::Wants(DoorbellMode::Mapped));
             }
             served.tick();
+            served.tend();
             kept |= served.lose_patience();
         }
         if kept {
@@ -201,7 +205,7 @@ impl Thread {
     }
 
     /// Write no journal from now on, for those who want to know what it costs.
-    #[cfg(feature = "testing")]
+    #[cfg(any(test, feature = "testing"))]
     pub fn without_journal(&mut self) {
         for served in self.engine.served.iter_mut().flatten() {
             served.journal = None;
@@ -216,6 +220,9 @@ impl Thread {
     fn handle(&mut self, message: Message) {
         match message {
             Message::Stop => {}
+            Message::Ping(answer) => drop(answer),
+            #[cfg(test)]
+            Message::Stuck(until) => drop(until.recv()),
             Message::Attach { token, attachment } => self.attach(token, *attachment),
             Message::CreateCq { token, key, cq } => {
                 if let Some((served, _, bed)) = self.find(key) {
@@ -288,14 +295,8 @@ impl Thread {
                     served.reply(token, result.map(|()| true));
                 }
             }
-            Message::Forget {
-                token,
-                key,
-                cqid,
-                sqids,
-            } => {
+            Message::Hello { token, key } => {
                 if let Some((served, ..)) = self.find(key) {
-                    served.forget(cqid, &sqids);
                     served.reply(token, Ok(true));
                 }
             }
@@ -328,8 +329,22 @@ impl Thread {
                     served.watch_admin(on);
                 }
             }
-            Message::Reset { token, key } => self.reset(token, key, false),
-            Message::Detach { token, key } => self.reset(token, key, true),
+            Message::Reset { token, key } => {
+                if let Some((served, core)) = self.wait_for_no_kick(key) {
+                    served.begin_reset(core, token, false);
+                }
+            }
+            Message::Suspend { token, key } => {
+                if let Some((served, _)) = self.wait_for_no_kick(key) {
+                    served.begin_suspend(token);
+                }
+            }
+            Message::Detach { token, key } => {
+                if let Some((served, core)) = self.wait_for_no_kick(key) {
+                    served.journal = None;
+                    served.begin_reset(core, token, true);
+                }
+            }
         }
     }
 
@@ -349,19 +364,15 @@ impl Thread {
                 self.engine.served.len() - 1
             }
         };
-        let journal = match Journal::new(self.config.slots) {
-            Ok(journal) => Some(journal),
-            Err(error) => {
-                tracing::error!(poller = self.index, %error, "no memory for a journal");
-                return reply(Err(Status::INTERNAL_ERROR));
-            }
-        };
-        match Served::new(at, journal, place as u32, self.index, self.config.slots) {
+        match Served::new(at, place as u32, self.index, self.config.slots) {
             Ok(served) => {
                 for channel in &served.channels {
-                    if let Some(fd) = channel.wake_fd()
-                        && let Err(error) = self.bed.add_level(fd)
-                    {
+                    let added = match channel.wake_fd() {
+                        None => Ok(()),
+                        Some(fd) if channel.wakes_by_edges() => self.bed.add_edge(fd),
+                        Some(fd) => self.bed.add_level(fd),
+                    };
+                    if let Err(error) = added {
                         tracing::error!(poller = self.index, %error, "cannot wait for a backend");
                         return reply(Err(Status::INTERNAL_ERROR));
                     }
@@ -379,22 +390,25 @@ impl Thread {
         }
     }
 
-    fn reset(&mut self, token: u64, key: ControllerKey, detach: bool) {
-        let Some((served, core, bed)) = self.find(key) else {
-            return;
-        };
+    /// Nobody is to wake us for this controller any more.
+    fn wait_for_no_kick(&mut self, key: ControllerKey) -> Option<(&mut Served, &mut Core)> {
+        let (served, core, bed) = self.find(key)?;
         let sqs = served.sqs.iter_mut().flatten().map(|sq| &mut sq.kick);
         let cqs = served.cqs.iter_mut().flatten().map(|cq| &mut cq.kick);
         for kick in sqs.chain(cqs) {
             remove_kick(bed, kick.take().as_deref());
         }
-        served.begin_reset(core, token, detach);
+        Some((served, core))
     }
 }
 
 impl Sleeper for Thread {
     fn arm(&mut self) {
         let mut until = None;
+        let nap = match self.quiet.since().elapsed() {
+            quiet if quiet < LONG => NAP,
+            _ => LONG_NAP,
+        };
         self.limit = None;
         for served in self.engine.served.iter_mut().flatten() {
             // Also one whose last queue has gone: its old wish would keep doorbells mapped for ever.
@@ -405,7 +419,7 @@ impl Sleeper for Thread {
                 served.event(PollerEvent::Wants(DoorbellMode::Trapped));
             }
             if served.is_mapped() {
-                self.limit = Some(NAP);
+                self.limit = Some(nap);
             } else if served.is_releasing() {
                 // Not longer than we have patience for what is out.
                 self.limit = self.limit.or(Some(TICK));

@@ -6,7 +6,7 @@ use std::path::Path;
 const NODES: &str = "/sys/devices/system/node";
 
 /// The node of a core; `None` if the kernel does not say.
-pub(super) fn node_of(core: usize) -> Option<u32> {
+pub(crate) fn node_of(core: usize) -> Option<u32> {
     node_in(Path::new(NODES), core)
 }
 

@@ -5,13 +5,18 @@
     reason = "the one place where a channel is promised that guest memory stays"
 )]
 
+use std::sync::Arc;
+
+use nvme_spec::command::Psdt;
 use nvme_spec::{Sqe, Status};
 
 use super::run::BURST_BYTES;
 use super::slot::{Rest, Slot, Slots};
 use super::sq::Sq;
-use crate::backend::{AnyChannel, Channel as _, Operation, Request, Submitted};
-use crate::io::{self, Fill, Limits, Namespace, Plan, Range, Refusal};
+use crate::backend::{
+    AnyChannel, BlockRange, Channel as _, GuestData, Operation, Request, Submitted,
+};
+use crate::io::{self, Fill, Limits, Namespace, Plan, Refusal};
 use crate::memory::{Buffers, GuestMap, HostSeg};
 
 /// What became of a command at once.
@@ -38,7 +43,7 @@ pub(super) struct Prepared {
     pub bytes: u32,
     /// The one copy of what the guest asked for.
     pub sqe: Sqe,
-    plan: Result<Plan, Refusal>,
+    pub plan: Result<Plan, Refusal>,
 }
 
 impl Default for Prepared {
@@ -68,7 +73,7 @@ fn without_data(plan: &Result<Plan, Refusal>) -> u32 {
 pub(super) struct Work<'a> {
     pub namespaces: &'a [Namespace],
     pub channels: &'a mut [AnyChannel],
-    pub map: &'a GuestMap,
+    pub map: &'a Arc<GuestMap>,
     pub limits: Limits,
 }
 
@@ -83,6 +88,20 @@ impl Work<'_> {
             slots.release(tag);
             return false;
         };
+        self.check(slots, sq, tag, words, out);
+        true
+    }
+
+    /// Check a command that was taken from this queue at some time, and has this slot.
+    #[inline]
+    pub fn check(
+        &self,
+        slots: &mut Slots,
+        sq: &mut Sq,
+        tag: u32,
+        words: [u64; 8],
+        out: &mut Prepared,
+    ) {
         out.tag = tag;
         out.head = sq.head;
         out.segments = 0;
@@ -101,14 +120,21 @@ impl Work<'_> {
         }) = out.plan
         else {
             out.bytes = without_data(&out.plan);
-            return true;
+            return;
         };
         out.bytes = bytes;
         let Some((_, room)) = slots.with_segments(tag) else {
-            return true;
+            return;
         };
-        let (prp1, prp2) = (out.sqe.prp1, out.sqe.prp2);
-        match io::resolve(self.map, &mut sq.near, prp1, prp2, bytes, Fill::new(room)) {
+        let fill = Fill::new(room);
+        let resolved = if out.sqe.psdt() == Psdt::PRP {
+            let (prp1, prp2) = (out.sqe.prp1, out.sqe.prp2);
+            io::resolve(self.map, &mut sq.near, prp1, prp2, bytes, fill)
+        } else {
+            sq.note_sgls();
+            io::resolve_sgl(self.map, &out.sqe, bytes, fill)
+        };
+        match resolved {
             Ok(n) => {
                 // At most MAX_SEGMENTS.
                 out.segments = n as u16;
@@ -119,7 +145,6 @@ impl Work<'_> {
             }
             Err(status) => out.plan = Err(status.into()),
         }
-        true
     }
 
     /// Begin a prepared command, or do it.
@@ -129,7 +154,7 @@ impl Work<'_> {
         slot: &mut Slot,
         room: &mut [HostSeg],
         prepared: &Prepared,
-        ranges: &mut Vec<Range>,
+        ranges: &mut Vec<BlockRange>,
     ) -> Begun {
         slot.segments = u32::from(prepared.segments);
         let tag = prepared.tag;
@@ -157,6 +182,30 @@ impl Work<'_> {
                 slot.blocks = blocks;
                 self.submit(tag, slot, room, operation, slba, blocks)
             }
+            Ok(Plan::Forward {
+                namespace,
+                operation,
+                slba,
+                blocks,
+                bytes,
+            }) => {
+                slot.namespace = namespace as u32;
+                slot.blocks = blocks;
+                self.forward(
+                    tag,
+                    namespace,
+                    operation,
+                    slba,
+                    blocks,
+                    bytes,
+                    &prepared.sqe,
+                )
+            }
+            Ok(Plan::Pass { namespace }) => {
+                slot.namespace = namespace as u32;
+                slot.blocks = 0;
+                self.pass(tag, namespace, &prepared.sqe)
+            }
             Ok(Plan::FlushAll) => {
                 slot.blocks = 0;
                 self.go_on(tag, slot, room, Rest::FlushFrom(0))
@@ -174,7 +223,12 @@ impl Work<'_> {
                 if let Err(status) = io::read_ranges(self.map, sqe, count, blocks, ranges) {
                     return status.into();
                 }
-                self.deallocate(tag, slot, room, ranges)
+                let (n, begun) = self.deallocate(tag, slot, room, ranges);
+                if let (Begun::Pending, Some(left @ [_, ..])) = (&begun, ranges.get(n..)) {
+                    // Only a backend that takes its time gets here: the one command that remembers more than fits its slot.
+                    slot.rest = Rest::Ranges(left.to_vec());
+                }
+                begun
             }
             Ok(Plan::Nothing) => {
                 slot.namespace = u32::MAX;
@@ -183,26 +237,34 @@ impl Work<'_> {
         }
     }
 
+    /// Deallocate ranges until something has to be waited for, or fails: how many were begun, and what came of the last.
     fn deallocate(
         &mut self,
         tag: u32,
-        slot: &mut Slot,
-        room: &mut [HostSeg],
-        ranges: &[Range],
-    ) -> Begun {
-        for (i, range) in ranges.iter().enumerate() {
-            let operation = Operation::Deallocate;
-            match self.submit(tag, slot, room, operation, range.slba, range.blocks) {
-                Begun::Done(refusal) if refusal.status.is_success() => {}
-                Begun::Pending if i + 1 < ranges.len() => {
-                    // Only a backend that takes its time gets here: the one command that remembers more than fits its slot.
-                    slot.rest = Rest::Ranges(ranges.iter().skip(i + 1).rev().copied().collect());
-                    return Begun::Pending;
+        slot: &Slot,
+        room: &[HostSeg],
+        ranges: &[BlockRange],
+    ) -> (usize, Begun) {
+        let mut begun = 0;
+        while let Some(left @ [first, ..]) = ranges.get(begun..) {
+            let channel = self.channels.get_mut(slot.namespace as usize);
+            let several = channel.and_then(|channel| channel.deallocate(tag, left));
+            let (n, result) = match several {
+                Some((n, Submitted::Done(status))) => (n, status.into()),
+                Some((n, Submitted::Pending)) => (n, Begun::Pending),
+                None => {
+                    let operation = Operation::Deallocate;
+                    let (slba, blocks) = (first.slba, first.blocks);
+                    (1, self.submit(tag, slot, room, operation, slba, blocks))
                 }
-                other => return other,
+            };
+            begun += n.max(1);
+            match result {
+                Begun::Done(refusal) if refusal.status.is_success() => {}
+                other => return (begun, other),
             }
         }
-        Status::SUCCESS.into()
+        (begun, Status::SUCCESS.into())
     }
 
     /// The next requests of a command that has several.
@@ -210,18 +272,12 @@ impl Work<'_> {
         match rest {
             Rest::Nothing => Status::SUCCESS.into(),
             Rest::Ranges(mut ranges) => {
-                while let Some(range) = ranges.pop() {
-                    let operation = Operation::Deallocate;
-                    match self.submit(tag, slot, room, operation, range.slba, range.blocks) {
-                        Begun::Done(refusal) if refusal.status.is_success() => {}
-                        Begun::Pending => {
-                            slot.rest = Rest::Ranges(ranges);
-                            return Begun::Pending;
-                        }
-                        failed @ Begun::Done(_) => return failed,
-                    }
+                let (n, begun) = self.deallocate(tag, slot, room, &ranges);
+                ranges.drain(..n.min(ranges.len()));
+                if matches!(begun, Begun::Pending) && !ranges.is_empty() {
+                    slot.rest = Rest::Ranges(ranges);
                 }
-                Status::SUCCESS.into()
+                begun
             }
             Rest::FlushFrom(first) => {
                 for namespace in first..self.namespaces.len() {
@@ -237,6 +293,57 @@ impl Work<'_> {
                 }
                 Status::SUCCESS.into()
             }
+        }
+    }
+
+    /// Hand a command that is none of ours to a store that wants it.
+    #[cold]
+    fn pass(&mut self, tag: u32, namespace: usize, sqe: &Sqe) -> Begun {
+        let Some(channel) = self.channels.get_mut(namespace) else {
+            return Status::INTERNAL_ERROR.into();
+        };
+        // SAFETY: as in `forward`.
+        match unsafe { channel.pass(tag, sqe) } {
+            Submitted::Done(status) => status.into(),
+            Submitted::Pending => Begun::Pending,
+        }
+    }
+
+    /// Hand a transfer to a store that forwards it, in the guest's words.
+    #[inline]
+    #[expect(clippy::too_many_arguments, reason = "the parts of one plan")]
+    fn forward(
+        &mut self,
+        tag: u32,
+        namespace: usize,
+        operation: Operation,
+        slba: u64,
+        blocks: u32,
+        bytes: u32,
+        sqe: &Sqe,
+    ) -> Begun {
+        let Some(channel) = self.channels.get_mut(namespace) else {
+            return Status::INTERNAL_ERROR.into();
+        };
+        let request = Request {
+            operation,
+            slba,
+            blocks,
+            data: Buffers::NONE,
+            guest: Some(GuestData {
+                prp1: sqe.prp1,
+                prp2: sqe.prp2,
+                bytes,
+                cdw12: sqe.cdw12,
+                cdw13: sqe.cdw13,
+                map: self.map,
+            }),
+        };
+        // SAFETY: the map, and what shows it to devices, is held by `Served` and, when it is replaced, by `Waiting::Memory` until
+        // no forwarded command is out that was begun before (`lifecycle.rs`). `Served` drops its channels before its maps.
+        match unsafe { channel.submit(tag, &request) } {
+            Submitted::Done(status) => status.into(),
+            Submitted::Pending => Begun::Pending,
         }
     }
 
@@ -265,6 +372,7 @@ impl Work<'_> {
             slba,
             blocks,
             data,
+            guest: None,
         };
         // SAFETY: as above for the memory; the list of segments is the slot's own, which stays until the slot is released,
         // which is after the request finished or was cancelled. `Served` drops its channels before its maps, and

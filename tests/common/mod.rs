@@ -21,7 +21,10 @@ pub const PATIENCE: Duration = Duration::from_secs(20);
 /// The program.
 pub fn program() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-user-nvme"));
-    command.stdin(Stdio::null()).env_remove("RUST_LOG");
+    command
+        .stdin(Stdio::null())
+        .env_remove("RUST_LOG")
+        .env("RUNTIME_DIRECTORY", env!("CARGO_TARGET_TMPDIR"));
     command
 }
 
@@ -50,11 +53,12 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Start it; its log is `dir/log`. Does not wait for anything.
+    /// Start it; its log is `dir/log` (of the last one), and what it keeps is below `dir/state`. Does not wait for anything.
     pub fn start(dir: &Path, args: &[&str]) -> Self {
         let log = dir.join("log");
         let file = std::fs::File::create(&log).unwrap();
         let child = program()
+            .env("RUNTIME_DIRECTORY", dir.join("state"))
             .args(args)
             .stdout(file.try_clone().unwrap())
             .stderr(file)

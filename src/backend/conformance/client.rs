@@ -2,15 +2,22 @@
 
 #![expect(unsafe_code, reason = "calls the unsafe `Channel::submit`")]
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use nvme_spec::Status;
+use nvme_spec::prp::{self, PageSize, Prps, WriteList};
 use rustix::event::{PollFd, PollFlags, Timespec};
+use zerocopy::IntoBytes as _;
 
+use crate::backend::nvme::Window;
 use crate::backend::{
-    AnyChannel, Backend, Cancelled, Channel, Finished, Geometry, Operation, Request, Submitted, Tag,
+    AnyChannel, Backend, Cancelled, Channel, Finished, Geometry, GuestData, Operation, Request,
+    Submitted, Tag,
 };
-use crate::memory::{Buffers, HostSeg};
+use crate::driver::dma::{Mapping, shared_memory};
+use crate::memory::{Buffers, GuestMap, HostSeg};
 
 const PAGE: usize = 4096;
 
@@ -32,6 +39,8 @@ pub enum Layout {
 struct Area {
     bytes: Vec<u8>,
     segs: Vec<HostSeg>,
+    /// The same in a guest's words, for a backend that forwards.
+    prps: Prps,
 }
 
 /// What is known about a tag.
@@ -42,6 +51,75 @@ enum State {
     Done(Status),
 }
 
+/// A guest's memory, shown to an SSD: a place for each tag.
+struct Guest {
+    map: Arc<GuestMap>,
+    base: u64,
+}
+
+/// Bytes of a tag's place, and of its end that is for PRP lists.
+const PLACE: u64 = 2 << 20;
+const LISTS: u64 = 64 << 10;
+
+/// Writes PRP lists into a guest's memory.
+struct Writer<'a>(&'a GuestMap);
+
+impl WriteList for Writer<'_> {
+    fn write(&mut self, addr: u64, entries: &[u64]) {
+        assert!(self.0.write(addr, entries.as_bytes()));
+    }
+}
+
+impl Guest {
+    fn new(window: &Window, depth: u32) -> Self {
+        // Clients are on one window at the same time.
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let base = (NEXT.fetch_add(1, Ordering::Relaxed) % 60 + 1) << 30;
+        let len = PLACE * u64::from(depth);
+        let file = shared_memory("conformance", len).expect("memory");
+        let region = Mapping::map(&file, 0, len as usize, base).expect("memory");
+        let shown = window.show(&region).expect("room in the window");
+        let map = GuestMap::keeping(vec![region], vec![Arc::new(shown)]).expect("a map");
+        Self { map, base }
+    }
+
+    /// As the host lays it out, as far as PRPs can say it.
+    fn lay_out(&self, tag: Tag, len: usize, layout: Layout) -> (Prps, Vec<HostSeg>) {
+        let place = self.base + u64::from(tag) * PLACE;
+        let (at, swapped) = match layout {
+            Layout::Whole(at) => (at, false),
+            Layout::Pages(at) | Layout::Crumbs(at) => (at, true),
+        };
+        let at = (at % PAGE) & !3;
+        let count = (at + len).div_ceil(PAGE);
+        let page = |i: usize| {
+            let other = if swapped && i ^ 1 < count { i ^ 1 } else { i };
+            place + (other * PAGE) as u64
+        };
+        let all = vec![0xa5; count * PAGE];
+        assert!(self.map.write(place, &all));
+        let lists = (0..).map(|i| place + PLACE - LISTS + i * PAGE as u64);
+        let prps = prp::build(
+            PageSize::K4,
+            (0..count).map(page),
+            at as u32,
+            len as u32,
+            lists,
+            &mut Writer(&self.map),
+        );
+        let mut segs = Vec::with_capacity(count);
+        let mut left = len;
+        for i in 0..count {
+            let start = if i == 0 { at } else { 0 };
+            let n = left.min(PAGE - start);
+            let seg = self.map.resolve_whole(page(i) + start as u64, n);
+            segs.push(seg.expect("memory of ours"));
+            left -= n;
+        }
+        (prps.expect("PRPs of pages"), segs)
+    }
+}
+
 /// A channel with a caller.
 pub struct Client {
     // First, so that it is dropped before the memory it uses.
@@ -50,6 +128,8 @@ pub struct Client {
     areas: Vec<Area>,
     states: Vec<State>,
     out: Vec<Finished>,
+    /// Where the memory is, if the backend forwards.
+    guest: Option<Guest>,
 }
 
 /// Deterministic bytes that differ from block to block and seed to seed.
@@ -72,6 +152,7 @@ impl Client {
         let area = || Area {
             bytes: Vec::new(),
             segs: Vec::new(),
+            prps: Prps::default(),
         };
         Self {
             channel: Some(backend.channel(depth).expect("a channel")),
@@ -79,6 +160,7 @@ impl Client {
             areas: (0..depth).map(|_| area()).collect(),
             states: vec![State::Free; depth as usize],
             out: Vec::with_capacity(depth as usize),
+            guest: backend.window().map(|window| Guest::new(window, depth)),
         }
     }
 
@@ -94,6 +176,10 @@ impl Client {
     /// Lay out `len` bytes for a tag.
     fn lay_out(&mut self, tag: Tag, len: usize, layout: Layout) {
         let area = &mut self.areas[tag as usize];
+        if let Some(guest) = &self.guest {
+            (area.prps, area.segs) = guest.lay_out(tag, len, layout);
+            return;
+        }
         // Room for gaps and for the start in a page, twice.
         let room = match layout {
             Layout::Crumbs(n) => len + len.div_ceil(n.max(1)),
@@ -160,17 +246,26 @@ impl Client {
         assert_eq!(self.states[tag as usize], State::Free, "tag {tag} is used");
         let before = self.pending();
         let area = &self.areas[tag as usize];
-        let data = if operation.moves_data() {
-            // SAFETY: as in `memory`.
-            unsafe { Buffers::new(&area.segs) }
-        } else {
-            Buffers::NONE
-        };
+        // SAFETY: as in `memory`.
+        let memory = unsafe { Buffers::new(&area.segs) };
+        let moves = operation.moves_data();
+        let guest = self.guest.as_ref().filter(|_| moves);
         let request = Request {
             operation,
             slba,
             blocks,
-            data,
+            data: match moves && guest.is_none() {
+                true => memory,
+                false => Buffers::NONE,
+            },
+            guest: guest.map(|guest| GuestData {
+                prp1: area.prps.prp1,
+                prp2: area.prps.prp2,
+                bytes: memory.len() as u32,
+                cdw12: 0,
+                cdw13: 0,
+                map: &guest.map,
+            }),
         };
         let channel = self.channel.as_mut().expect("not dropped yet");
         // SAFETY: area and list stay until the tag is free again; `Drop` order and `drop_channel` see to the rest.
@@ -221,16 +316,24 @@ impl Client {
         };
         let (capacity, before) = (results.capacity(), self.pending());
         self.channel().poll(results);
+        if self.channel().unsent() {
+            self.channel().flush();
+        }
         assert!(results.capacity() == capacity, "poll must not make room");
         assert_eq!(self.pending(), before - results.len());
         for finished in results.iter() {
             let state = &mut self.states[finished.tag as usize];
             assert_eq!(*state, State::Pending, "a result nobody waits for");
-            *state = State::Done(finished.status);
+            *state = State::Done(finished.status.status());
         }
         let n = results.len();
         self.out = out;
         n
+    }
+
+    /// Whether its file descriptor stays readable once it was written.
+    pub fn wakes_by_edges(&mut self) -> bool {
+        self.channel().wakes_by_edges()
     }
 
     /// Whether a sleeping poller would wake, within `timeout`.
@@ -362,10 +465,14 @@ impl Client {
     /// Drop the channel with whatever is pending; then nothing may change any more.
     pub fn drop_channel(mut self) {
         self.channel = None;
-        let before: Vec<_> = self.areas.iter().map(|a| a.bytes.clone()).collect();
+        let tags = 0..self.areas.len() as Tag;
+        let before: Vec<_> = tags.clone().map(|tag| self.take(tag)).collect();
         std::thread::sleep(Duration::from_millis(50));
-        for (area, before) in self.areas.iter().zip(&before) {
-            assert!(area.bytes == *before, "memory was touched after the drop");
+        for (tag, before) in tags.zip(&before) {
+            assert!(
+                self.take(tag) == *before,
+                "memory was touched after the drop"
+            );
         }
     }
 }

@@ -6,7 +6,7 @@ mod cases;
 mod client;
 mod stream;
 
-pub use client::{Client, Layout};
+pub use client::{Client, Layout, pattern};
 
 use super::Backend;
 

@@ -65,9 +65,13 @@ impl FileChannel {
         depth: u32,
     ) -> Result<Self, OpenError> {
         let bounces = depth.clamp(1, MAX_BOUNCES) as usize;
-        let ring = Ring::new(&shared.file, depth, bounces, false).map_err(no_ring)?;
+        let ring = Ring::new(&shared.file, shared.fence.as_deref(), depth, bounces, false)
+            .map_err(no_ring)?;
         let polled = match known(&shared.iopoll) {
-            true => Some(Ring::new(&shared.file, depth, 0, true).map_err(no_ring)?),
+            true => Some(
+                Ring::new(&shared.file, shared.fence.as_deref(), depth, 0, true)
+                    .map_err(no_ring)?,
+            ),
             false => None,
         };
         let nudge = Arc::new(wake::event_fd()?);
@@ -350,6 +354,7 @@ impl FileChannel {
             Next::Again => self.advance(tag),
             Next::End(status) => {
                 self.release(tag);
+                let status = status.into();
                 out.push(Finished { tag, status });
             }
         }

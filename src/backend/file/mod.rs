@@ -9,12 +9,13 @@ mod ring;
 mod slot;
 
 pub use channel::FileChannel;
-pub(super) use open::lock;
+pub(super) use open::{Patience, SHORT, lock};
 
 use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use rustix::fs::FlockOperation;
 
@@ -37,6 +38,17 @@ pub struct FileOptions {
     pub direct: bool,
     /// Whether the device below is polled for completions.
     pub iopoll: IoPoll,
+    /// Who had the file before may still be about to let go of it.
+    pub after: After,
+}
+
+/// What another process that had a store before us still has to do with it, and what the next one may have with us.
+#[derive(Clone, Debug, Default)]
+pub struct After {
+    /// So long it may take until it has let go.
+    pub wait: Duration,
+    /// A file that the kernel is to hold for as long as it has I/O of ours: who waits for its lock knows that there is none any more.
+    pub fence: Option<Arc<File>>,
 }
 
 /// Whether the kernel polls a device for completions (`IORING_SETUP_IOPOLL`) instead of being interrupted by it. It takes O_DIRECT, and a
@@ -79,6 +91,7 @@ struct Shared {
     iopoll: AtomicBool,
     /// If the file is memory: its I/O.
     resident: Option<Resident>,
+    fence: Option<Arc<File>>,
     log: ErrorLog,
 }
 
@@ -98,7 +111,7 @@ impl FileBackend {
     pub fn open(options: FileOptions) -> Result<Self, OpenError> {
         let opened = open::open(&options)?;
         // Better now than at the first queue.
-        Ring::new(&opened.file, 1, 0, opened.iopoll).map_err(no_ring)?;
+        Ring::new(&opened.file, None, 1, 0, opened.iopoll).map_err(no_ring)?;
         let bytes = opened.blocks << options.block_shift;
         let resident = opened
             .in_memory
@@ -126,6 +139,7 @@ impl FileBackend {
                 discard: AtomicBool::new(opened.device),
                 iopoll: AtomicBool::new(opened.iopoll),
                 resident,
+                fence: options.after.fence,
                 log: ErrorLog::new(),
             }),
         })
@@ -138,6 +152,15 @@ impl FileBackend {
     /// Whether the page cache is gone around.
     pub fn is_direct(&self) -> bool {
         self.shared.direct
+    }
+
+    pub(super) fn store_id(&self) -> String {
+        match rustix::fs::fstat(&self.shared.file) {
+            // The node of a device may be made anew; it is the same device.
+            Ok(stat) if self.shared.device => format!("device {:x}", stat.st_rdev),
+            Ok(stat) => format!("file {:x} {}", stat.st_dev, stat.st_ino),
+            Err(_) => format!("path {}", self.shared.path.display()),
+        }
     }
 
     pub(super) fn allocated_blocks(&self) -> u64 {

@@ -5,7 +5,7 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{AtFlags, FallocateFlags, FlockOperation, OFlags, StatxFlags};
 use rustix::io::Errno;
@@ -16,6 +16,9 @@ use crate::backend::{OpenError, geometry};
 
 /// A page: no kernel asks for more alignment of memory where it does not say.
 const PAGE: u32 = 4096;
+
+/// What a close can take that has returned.
+pub(in crate::backend) const SHORT: Duration = Duration::from_millis(100);
 
 /// An opened file and what was found out about it.
 pub(super) struct Opened {
@@ -116,7 +119,7 @@ pub(super) fn open(options: &FileOptions) -> Result<Opened, OpenError> {
     }
     let number = if device { meta.rdev() } else { meta.dev() };
     let iopoll = polls(options, direct, number)?;
-    lock(&file, path, options.read_only)?;
+    lock(&file, path, options.read_only, options.after.wait)?;
     let punch = !device && !options.read_only && can_punch(&file, bytes);
     let physical = if device {
         rustix::fs::ioctl_blkpbszget(&file).unwrap_or(sector)
@@ -147,7 +150,8 @@ fn open_as(options: &FileOptions, device: bool, direct: bool) -> io::Result<File
         // On a block device: fails if it is mounted or otherwise in use.
         flags |= libc::O_EXCL;
     }
-    let mut tries = 0;
+    // Who closed it a moment ago may not be quite done, or is dead, and its I/O is not.
+    let mut patience = Patience::new(&options.path, options.after.wait.max(SHORT));
     loop {
         let result = OpenOptions::new()
             .read(true)
@@ -155,11 +159,7 @@ fn open_as(options: &FileOptions, device: bool, direct: bool) -> io::Result<File
             .custom_flags(flags)
             .open(&options.path);
         match result {
-            // Who closed it a moment ago may not be quite done.
-            Err(e) if e.raw_os_error() == Some(libc::EBUSY) && tries < 5 => {
-                tries += 1;
-                std::thread::sleep(Duration::from_millis(20));
-            }
+            Err(e) if e.raw_os_error() == Some(libc::EBUSY) && patience.wait() => {}
             result => return result,
         }
     }
@@ -233,26 +233,75 @@ fn can_punch(file: &File, bytes: u64) -> bool {
 }
 
 /// Nobody else may write what we serve; what is only read can be shared with others who only read.
-pub(in crate::backend) fn lock(file: &File, path: &Path, read_only: bool) -> Result<(), OpenError> {
+///
+/// A process that was killed holds its lock until the kernel has ended its last operation on the file: that is waited for, so that nothing of
+/// it comes after what we do.
+pub(in crate::backend) fn lock(
+    file: &File,
+    path: &Path,
+    read_only: bool,
+    wait: Duration,
+) -> Result<(), OpenError> {
     let operation = if read_only {
         FlockOperation::NonBlockingLockShared
     } else {
         FlockOperation::NonBlockingLockExclusive
     };
-    match rustix::fs::flock(file.as_fd(), operation) {
-        Ok(()) => Ok(()),
-        Err(Errno::WOULDBLOCK) => Err(OpenError::new(
-            format!("{} is in use by another namespace", path.display()),
-            "end the other daemon or use another file; only read-only namespaces can share one",
-        )),
-        Err(e) => {
-            tracing::warn!(
-                path = %path.display(),
-                cause = %e,
-                "cannot lock this file; make sure that nobody else uses it"
-            );
-            Ok(())
+    let mut patience = Patience::new(path, wait);
+    loop {
+        match rustix::fs::flock(file.as_fd(), operation) {
+            Ok(()) => return Ok(()),
+            Err(Errno::WOULDBLOCK) if patience.wait() => {}
+            Err(Errno::WOULDBLOCK) => {
+                return Err(OpenError::new(
+                    format!("{} is in use by another namespace", path.display()),
+                    "end the other daemon or use another file; only read-only namespaces can share one",
+                ));
+            }
+            Err(e) => {
+                tracing::warn!(
+                    path = %path.display(),
+                    cause = %e,
+                    "cannot lock this file; make sure that nobody else uses it"
+                );
+                return Ok(());
+            }
         }
+    }
+}
+
+/// How to wait for somebody who is about to let go of a file.
+pub(in crate::backend) struct Patience<'a> {
+    path: &'a Path,
+    until: Instant,
+    said: bool,
+}
+
+impl<'a> Patience<'a> {
+    /// For so long.
+    pub(in crate::backend) fn new(path: &'a Path, wait: Duration) -> Self {
+        Self {
+            path,
+            until: Instant::now() + wait,
+            // Not worth a word.
+            said: wait <= SHORT,
+        }
+    }
+
+    /// Wait a moment, and say once that we do; `false` if it has been long enough.
+    pub(in crate::backend) fn wait(&mut self) -> bool {
+        if Instant::now() >= self.until {
+            return false;
+        }
+        if !self.said {
+            self.said = true;
+            tracing::info!(
+                path = %self.path.display(),
+                "another process still has this; waiting for the last of its I/O to end"
+            );
+        }
+        std::thread::sleep(Duration::from_millis(10));
+        true
     }
 }
 

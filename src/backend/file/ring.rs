@@ -78,19 +78,25 @@ impl DerefMut for Ring {
 }
 
 impl Ring {
-    /// A ring for `depth` operations at a time (more is fine, they have to wait) with `bounces` bounce buffers. `iopoll` as in
+    /// A ring for `depth` operations at a time (more is fine, they have to wait) with `bounces` bounce buffers. `fence` and `iopoll` as in
     /// [`Uring::new`].
     ///
     /// # Errors
     ///
     /// As [`Uring::new`].
-    pub fn new(file: &File, depth: u32, bounces: usize, iopoll: bool) -> io::Result<Self> {
+    pub fn new(
+        file: &File,
+        fence: Option<&File>,
+        depth: u32,
+        bounces: usize,
+        iopoll: bool,
+    ) -> io::Result<Self> {
         let bounces = Bounces::new(ZERO_BYTES, bounces)?;
         let zeroes = bounces.head(0, ZERO_BYTES);
         // SAFETY: the head of `bounces`, which nobody looks at; the borrow ends with the statement.
         let zero = HostSeg::of_slice(unsafe { std::slice::from_raw_parts_mut(zeroes, ZERO_BYTES) });
         let zeroes = vec![zero; ZERO_TIMES];
-        Uring::new(file, depth, iopoll, Owned { bounces, zeroes }).map(Self)
+        Uring::new(file, fence, depth, iopoll, Owned { bounces, zeroes }).map(Self)
     }
 
     /// Queue an operation; its result comes with `key`. Needs [`Uring::has_room`], but for a cancel. `blocking`: let a worker thread
@@ -201,5 +207,34 @@ pub(super) fn discard(file: &File, offset: u64, len: u64) -> io::Result<()> {
         Ok(())
     } else {
         Err(io::Error::last_os_error())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use rustix::fs::{FlockOperation, flock};
+
+    use super::*;
+
+    #[test]
+    fn a_ring_holds_its_fence_as_long_as_it_is_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lock");
+        let fence = File::create(&path).unwrap();
+        flock(&fence, FlockOperation::LockExclusive).unwrap();
+        let ring = Ring::new(&tempfile::tempfile().unwrap(), Some(&fence), 1, 0, false).unwrap();
+        // As if the process had gone, and the ring had not.
+        drop(fence);
+        let other = File::open(&path).unwrap();
+        let is_free = || flock(&other, FlockOperation::NonBlockingLockExclusive).is_ok();
+        assert!(!is_free());
+        drop(ring);
+        let end = Instant::now() + Duration::from_secs(10);
+        while !is_free() {
+            assert!(Instant::now() < end, "the kernel still holds it");
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 }

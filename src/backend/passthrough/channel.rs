@@ -15,7 +15,8 @@ use nvme_spec::nvm::DsmRange;
 use nvme_spec::opcode::NvmOpcode;
 
 use super::Shared;
-use super::ring::{Command, Data, MEMORY_ALIGN, Piece, Ring};
+use super::command::Command;
+use super::ring::{Data, MEMORY_ALIGN, Piece, Ring};
 use crate::backend::bounce::{BOUNCE_BYTES, Bounce};
 use crate::backend::uring::no_ring;
 use crate::backend::{
@@ -128,7 +129,8 @@ impl PassthroughChannel {
         depth: u32,
     ) -> Result<Self, OpenError> {
         let bounces = depth.clamp(1, MAX_BOUNCES) as usize;
-        let ring = Ring::new(&shared.device.file, depth, bounces).map_err(no_ring)?;
+        let ring = Ring::new(&shared.device.file, shared.fence.as_deref(), depth, bounces)
+            .map_err(no_ring)?;
         let nudge = wake::event_fd()?;
         let wake = wake::either(ring.fd(), nudge.as_fd())?;
         Ok(Self {
@@ -203,7 +205,7 @@ impl PassthroughChannel {
         }
         .min(left);
         let slba = slot.slba + slot.done;
-        let mut command = Command::new(opcode, device.nsid);
+        let mut command = Command::new(opcode.0, device.nsid);
         let bytes = (slot.now << shift) as usize;
         let data = match (slot.operation, &piece, &slot.bounce) {
             (Operation::Flush, ..) => Data::None,
@@ -361,6 +363,7 @@ impl PassthroughChannel {
                 Next::Again => self.advance(tag),
                 Next::End(status) => {
                     self.release(tag);
+                    let status = status.into();
                     out.push(Finished { tag, status });
                 }
             }

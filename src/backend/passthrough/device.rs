@@ -4,7 +4,6 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use nvme_spec::identify::{
     Cns, DeallocatedRead, IdentifyController, IdentifyNamespace, NvmControllerIdentify,
@@ -121,7 +120,7 @@ pub(super) fn open(options: &PassthroughOptions) -> Result<Device, OpenError> {
         queue_limit(&disk, "max_segments"),
     );
     let claim = claim(options, &disk)?;
-    file::lock(&file, path, options.read_only)?;
+    file::lock(&file, path, options.read_only, options.after.wait)?;
     Ok(Device {
         file,
         nsid,
@@ -261,7 +260,8 @@ fn claim(options: &PassthroughOptions, disk: &str) -> Result<Option<File>, OpenE
         return Ok(None);
     }
     let path = PathBuf::from("/dev").join(disk);
-    let mut tries = 0;
+    // Who closed it a moment ago may not be quite done, or is dead, and its commands are not.
+    let mut patience = file::Patience::new(&options.path, options.after.wait.max(file::SHORT));
     loop {
         let result = OpenOptions::new()
             .read(true)
@@ -269,11 +269,7 @@ fn claim(options: &PassthroughOptions, disk: &str) -> Result<Option<File>, OpenE
             .open(&path);
         match result {
             Ok(file) => return Ok(Some(file)),
-            // Who closed it a moment ago may not be quite done.
-            Err(e) if e.raw_os_error() == Some(libc::EBUSY) && tries < 5 => {
-                tries += 1;
-                std::thread::sleep(Duration::from_millis(20));
-            }
+            Err(e) if e.raw_os_error() == Some(libc::EBUSY) && patience.wait() => {}
             Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {
                 return Err(OpenError::io(
                     format!(
@@ -349,6 +345,7 @@ mod tests {
         PassthroughOptions {
             path: "/dev/ng0n1".into(),
             read_only: false,
+            after: Default::default(),
         }
     }
 

@@ -11,38 +11,14 @@ use nvme_spec::identify::Cns;
 use nvme_spec::opcode::AdminOpcode;
 use zerocopy::FromBytes;
 
+use super::command::Command;
+
 /// `_IO('N', 0x40)` and `_IOWR('N', 0x41, struct nvme_passthru_cmd)` of `linux/nvme_ioctl.h`.
 const NVME_IOCTL_ID: libc::Ioctl = 0x4e40;
 const NVME_IOCTL_ADMIN_CMD: libc::Ioctl = 0xc048_4e41;
 
 /// How long an Identify may take, in milliseconds.
 const TIMEOUT: u32 = 10_000;
-
-/// `struct nvme_passthru_cmd`.
-#[repr(C)]
-#[derive(Default)]
-struct AdminCommand {
-    opcode: u8,
-    flags: u8,
-    rsvd1: u16,
-    nsid: u32,
-    cdw2: u32,
-    cdw3: u32,
-    metadata: u64,
-    addr: u64,
-    metadata_len: u32,
-    data_len: u32,
-    cdw10: u32,
-    cdw11: u32,
-    cdw12: u32,
-    cdw13: u32,
-    cdw14: u32,
-    cdw15: u32,
-    timeout_ms: u32,
-    result: u32,
-}
-
-const _: () = assert!(size_of::<AdminCommand>() == 72);
 
 /// The NSID of the namespace that a generic device (`/dev/ngXnY`) is.
 ///
@@ -72,16 +48,12 @@ pub(super) fn identify<T: FromBytes>(
 ) -> io::Result<Box<T>> {
     const { assert!(size_of::<T>() == 4096) };
     let mut data = Box::new(T::new_zeroed());
-    let mut command = AdminCommand {
-        opcode: AdminOpcode::IDENTIFY.0,
-        nsid,
-        addr: std::ptr::from_mut(&mut *data).expose_provenance() as u64,
-        data_len: 4096,
-        cdw10: u32::from(cns.0),
-        cdw11: u32::from(csi) << 24,
-        timeout_ms: TIMEOUT,
-        ..AdminCommand::default()
-    };
+    let mut command = Command::new(AdminOpcode::IDENTIFY.0, nsid);
+    command.addr = std::ptr::from_mut(&mut *data).expose_provenance() as u64;
+    command.data_len = 4096;
+    command.cdw10 = u32::from(cns.0);
+    command.cdw11 = u32::from(csi) << 24;
+    command.timeout_ms = TIMEOUT;
     // SAFETY: the kernel reads and writes the command, which is of the size its number names, and writes up to `data_len` bytes at
     // `addr`, where `data` has 4096, of a type for which any bytes are a value.
     let result = unsafe {

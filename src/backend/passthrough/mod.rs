@@ -5,12 +5,14 @@
 //! Dataset Management) is done by it. There is no block layer in between: no scheduler, no merging, no splitting but our own.
 
 mod channel;
+mod command;
 mod device;
 mod ioctl;
 mod ring;
 
 pub use channel::PassthroughChannel;
 
+use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -18,6 +20,7 @@ use nvme_spec::identify::{Cns, IdentifyNamespace};
 use rustix::fs::FlockOperation;
 
 use super::error::ErrorLog;
+use super::file::After;
 use super::uring::no_ring;
 use super::{Geometry, OpenError};
 use device::Device;
@@ -30,6 +33,8 @@ pub struct PassthroughOptions {
     pub path: PathBuf,
     /// Never write to it.
     pub read_only: bool,
+    /// Who had the device before may still be about to let go of it.
+    pub after: After,
 }
 
 /// A store that is a namespace of an NVMe SSD.
@@ -44,6 +49,7 @@ pub struct PassthroughBackend {
 struct Shared {
     device: Device,
     path: PathBuf,
+    fence: Option<Arc<File>>,
     log: ErrorLog,
 }
 
@@ -64,7 +70,7 @@ impl PassthroughBackend {
     pub fn open(options: PassthroughOptions) -> Result<Self, OpenError> {
         let device = device::open(&options)?;
         // Better now than at the first queue.
-        Ring::new(&device.file, 1, 0).map_err(|e| match e.raw_os_error() {
+        Ring::new(&device.file, None, 1, 0).map_err(|e| match e.raw_os_error() {
             Some(libc::EINVAL) => OpenError::io(
                 "cannot make an io_uring for NVMe commands",
                 "a kernel of 5.19 or later is needed; backend \"file\" works with earlier ones",
@@ -77,6 +83,7 @@ impl PassthroughBackend {
             shared: Arc::new(Shared {
                 device,
                 path: options.path,
+                fence: options.after.fence,
                 log: ErrorLog::new(),
             }),
         })
@@ -84,6 +91,12 @@ impl PassthroughBackend {
 
     pub(super) fn channel(&self, depth: u32) -> Result<PassthroughChannel, OpenError> {
         PassthroughChannel::new(self.geometry, &self.shared, depth)
+    }
+
+    pub(super) fn store_id(&self) -> String {
+        let Device { file, nsid, .. } = &self.shared.device;
+        let number = rustix::fs::fstat(file).map_or(0, |stat| stat.st_rdev);
+        format!("passthrough {number:x} {nsid}")
     }
 
     pub(super) fn allocated_blocks(&self) -> u64 {

@@ -12,9 +12,9 @@ use std::ops::{Deref, DerefMut};
 use io_uring::types::Fixed;
 use io_uring::{cqueue, opcode, squeue};
 use nvme_spec::nvm::DsmRange;
-use nvme_spec::opcode::NvmOpcode;
-use zerocopy::{Immutable, IntoBytes};
+use zerocopy::IntoBytes as _;
 
+use super::command::Command;
 use super::device::Limits;
 use crate::backend::Tag;
 use crate::backend::bounce::{Bounce, Bounces};
@@ -29,43 +29,6 @@ const NVME_URING_CMD_IO_VEC: u32 = 0xc048_4e81;
 pub(super) const MEMORY_ALIGN: usize = 4;
 
 const PAGE: usize = 4096;
-
-/// `struct nvme_uring_cmd`.
-#[derive(Clone, Copy, Debug, Default, IntoBytes, Immutable)]
-#[repr(C)]
-pub(super) struct Command {
-    opcode: u8,
-    flags: u8,
-    rsvd1: u16,
-    nsid: u32,
-    cdw2: u32,
-    cdw3: u32,
-    metadata: u64,
-    addr: u64,
-    metadata_len: u32,
-    data_len: u32,
-    pub cdw10: u32,
-    pub cdw11: u32,
-    pub cdw12: u32,
-    cdw13: u32,
-    cdw14: u32,
-    cdw15: u32,
-    timeout_ms: u32,
-    rsvd2: u32,
-}
-
-const _: () = assert!(size_of::<Command>() == 72);
-
-impl Command {
-    /// A command without dwords of its own.
-    pub fn new(opcode: NvmOpcode, nsid: u32) -> Self {
-        Self {
-            opcode: opcode.0,
-            nsid,
-            ..Self::default()
-        }
-    }
-}
 
 /// What a command moves.
 pub(super) enum Data<'a> {
@@ -150,9 +113,14 @@ impl Ring {
     /// # Errors
     ///
     /// As [`Uring::new`].
-    pub fn new(device: &File, depth: u32, bounces: usize) -> io::Result<Self> {
+    pub fn new(
+        device: &File,
+        fence: Option<&File>,
+        depth: u32,
+        bounces: usize,
+    ) -> io::Result<Self> {
         let ranges = (depth as usize * size_of::<DsmRange>()).next_multiple_of(PAGE);
-        Uring::new(device, depth, false, Bounces::new(ranges, bounces)?).map(Self)
+        Uring::new(device, fence, depth, false, Bounces::new(ranges, bounces)?).map(Self)
     }
 
     fn range(&self, tag: Tag) -> *mut u8 {

@@ -15,6 +15,7 @@ fn with(daemon: &str, controller: &str, namespace: &str) -> String {
     )
 }
 
+const NVME: &str = "backend = \"nvme\"\naddress = \"0000:01:00.0\"";
 const MEMORY: &str = "backend = \"memory\"\nsize = \"1G\"";
 
 #[test]
@@ -30,9 +31,9 @@ fn defaults() {
     let c = &c.controllers[0];
     assert_eq!(
         (c.queues, c.queue_entries, c.max_transfer),
-        (33, 1024, 1 << 20)
+        (33, 1024, None)
     );
-    assert!(c.doorbell_buffer && c.doorbell_stride == 3 && c.max_namespaces == 1);
+    assert!(c.doorbell_buffer && c.sgls && c.doorbell_stride == 3 && c.max_namespaces == 1);
     let ns = &c.namespaces[0];
     assert_eq!((ns.nsid, ns.block_shift, ns.read_only), (1, 12, false));
     assert_eq!(ns.identity, "a/1/memory");
@@ -63,6 +64,36 @@ fn derived_names_stay_and_differ() {
 }
 
 #[test]
+fn a_transport_and_a_directory_for_its_socket() {
+    let dir = tempfile::tempdir().unwrap();
+    let shown = dir.path().display();
+    let made = |transport: &str| {
+        let text = format!(
+            "[[controller]]\n{transport}\nsocket-path = \"{shown}\"\n[[controller.namespace]]\n{MEMORY}"
+        );
+        resolve_text(&text).unwrap().controllers.remove(0)
+    };
+    let path = |c: &ControllerSpec| match &c.socket {
+        Socket::Path { path, .. } => path.clone(),
+        Socket::Fd(_) => panic!("a path"),
+    };
+    let vfio = made("transport = \"vfio-user\"");
+    assert_eq!(vfio.transport, Transport::VfioUser);
+    assert_eq!(path(&vfio), dir.path().join("cntrl"));
+    assert_eq!(
+        Some(vfio.name.as_str()),
+        dir.path().file_name().unwrap().to_str()
+    );
+    let vhost = made("");
+    assert_eq!(
+        (vhost.transport, path(&vhost)),
+        (Transport::VhostUser, dir.path().into())
+    );
+    let e = resolve_text(&with("", "transport = \"tcp\"", MEMORY)).unwrap_err();
+    assert!(e.starts_with("t.toml:6: unknown variant `tcp`"), "{e}");
+}
+
+#[test]
 fn everything_that_can_be_said() {
     let dir = tempfile::tempdir().unwrap();
     let disk = dir.path().join("disk.img");
@@ -90,6 +121,7 @@ queue-entries = 4096
 max-transfer = "128K"
 max-namespaces = 8
 doorbell-buffer = false
+sgls = false
 doorbell-stride = 0
 pci-ids = [0x1234, 0x5678, 0x9ABC, 0xDEF0]
 
@@ -130,10 +162,10 @@ fault = [{{ operations = ["read"], blocks = [3, 4], skip = 1, count = 2, action 
     assert_eq!((c.serial.as_str(), c.model.as_str()), ("S1", "M1"));
     assert_eq!(
         (c.queues, c.queue_entries, c.max_transfer),
-        (5, 4096, 131_072)
+        (5, 4096, Some(131_072))
     );
     assert_eq!(c.pci_ids, [0x1234, 0x5678, 0x9ABC, 0xDEF0]);
-    assert!(!c.doorbell_buffer && c.doorbell_stride == 0 && c.max_namespaces == 8);
+    assert!(!c.doorbell_buffer && !c.sgls && c.doorbell_stride == 0 && c.max_namespaces == 8);
     let [one, two] = c.namespaces.as_slice() else {
         panic!("two namespaces");
     };
@@ -264,11 +296,11 @@ fn what_is_refused_and_how_it_is_said() {
         ),
         (
             with("", "", "size = \"1G\""),
-            "t.toml:7: controller 'a': namespace 1: it has no backend; there are null, memory, file and nvme-passthrough",
+            "t.toml:7: controller 'a': namespace 1: it has no backend; there are null, memory, file, nvme-passthrough and nvme",
         ),
         (
             with("", "", "backend = \"cloud\""),
-            "t.toml:7: controller 'a': namespace 1: there is no backend 'cloud'; there are null, memory, file and nvme-passthrough",
+            "t.toml:7: controller 'a': namespace 1: there is no backend 'cloud'; there are null, memory, file, nvme-passthrough and nvme",
         ),
         (
             with("", "", "backend = \"memory\""),
@@ -331,6 +363,88 @@ fn what_is_refused_and_how_it_is_said() {
             "t.toml:7: controller 'a': namespace 1: /dev is no NVMe generic device: name a /dev/ngXnY, or use backend file",
         ),
         (
+            with("", "", "backend = \"nvme\""),
+            "t.toml:7: controller 'a': namespace 1: an nvme namespace needs the address of its SSD, such as nvme:0000:01:00.0",
+        ),
+        (
+            with("", "", "backend = \"nvme\"\naddress = \"01\""),
+            "t.toml:7: controller 'a': namespace 1: '01' is no PCI address; write it as lspci -D does",
+        ),
+        (
+            with("", "", &format!("{NVME}\nssd-namespace = 0")),
+            "t.toml:7: controller 'a': namespace 1: ssd-namespace is 0; an nsid is 1 to 4294967294",
+        ),
+        (
+            with("", "", &format!("{NVME}\nblock-size = 512")),
+            "t.toml:7: controller 'a': namespace 1: an nvme namespace has the blocks of its SSD; remove 'block-size'",
+        ),
+        (
+            with("", "", &format!("{NVME}\npath = \"/x\"")),
+            "t.toml:7: controller 'a': namespace 1: 'path' means nothing for a nvme namespace; remove it",
+        ),
+        (
+            with("", "", &format!("{NVME}\noffset = 100")),
+            "t.toml:7: controller 'a': namespace 1: offset is 100 bytes; it must be whole blocks of the SSD",
+        ),
+        (
+            with("", "", &format!("{NVME}\nsize = 0")),
+            "t.toml:7: controller 'a': namespace 1: offset and size are no range of the SSD's namespace",
+        ),
+        (
+            with("", "", &format!("{MEMORY}\noffset = \"1G\"")),
+            "t.toml:7: controller 'a': namespace 1: 'offset' means nothing for a memory namespace; remove it",
+        ),
+        (
+            with(
+                "",
+                "",
+                &format!(
+                    "{NVME}\nsize = \"1G\"\n[[controller.namespace]]\n{NVME}\noffset = \"512M\""
+                ),
+            ),
+            "namespace 1 of 'a' and namespace 2 of 'a' use the same blocks of 0000:01:00.0; give each its own with offset and size, or make both read-only",
+        ),
+        (
+            with(
+                "",
+                "",
+                &format!("{NVME}\n[[ssd]]\naddress = \"0000:02:00.0\""),
+            ),
+            "t.toml:10: no namespace is on ssd 0000:02:00.0; remove it, or add one with backend = \"nvme\"",
+        ),
+        (
+            with("", "", &format!("{NVME}\n[[ssd]]\nabort-grace-ms = 1")),
+            "t.toml:10: an ssd needs its address, such as address = \"0000:01:00.0\"",
+        ),
+        (
+            with(
+                "",
+                "",
+                &format!("{NVME}\n[[ssd]]\naddress = \"0000:01:00.0\"\ncommand-timeout-ms = 1"),
+            ),
+            "t.toml:10: ssd 0000:01:00.0: command-timeout-ms is 1; it can be 100 to 3600000",
+        ),
+        (
+            with(
+                "",
+                "",
+                &format!(
+                    "{MEMORY}\ndanger-zone = {{ i-want-broken-io = true, pass-opcodes = [128] }}"
+                ),
+            ),
+            "t.toml:7: controller 'a': namespace 1: pass-opcodes = [0x80, ...] is for an nvme namespace that is all of the SSD's; remove it, or offset and size",
+        ),
+        (
+            with(
+                "",
+                "",
+                &format!(
+                    "{NVME}\ndanger-zone = {{ i-want-broken-io = true, pass-opcodes = [128, 9] }}"
+                ),
+            ),
+            "t.toml:7: controller 'a': namespace 1: pass-opcodes has 0x09, a command that is always there, and checked; remove it",
+        ),
+        (
             with("", "", &format!("{MEMORY}\nblock-size = 1024")),
             "t.toml:7: controller 'a': namespace 1: block-size is 1024; it can be 512 or 4096",
         ),
@@ -368,6 +482,41 @@ fn what_is_refused_and_how_it_is_said() {
         assert!(e.starts_with(expected), "\n got: {e}\nwant: {expected}");
         assert_eq!(e.lines().count(), 1, "{e}");
     }
+}
+
+#[test]
+fn ssds_are_found_with_what_is_said_of_them() {
+    let ssd = "[[ssd]]\naddress = \"0000:01:00.0\"\ncommand-timeout-ms = 2000\non-reset = \"fail\"";
+    let second = "[[controller.namespace]]\nbackend = \"nvme\"\naddress = \"0000:02:00.1\"\nssd-namespace = 3\noffset = \"1M\"\nsize = \"2G\"";
+    let c = resolve_text(&with("", "", &format!("{NVME}\n{second}\n{ssd}"))).unwrap();
+    let [one, two] = &c.ssds[..] else {
+        panic!("{:?}", c.ssds);
+    };
+    assert_eq!(one.address.to_string(), "0000:01:00.0");
+    assert_eq!(
+        (one.command_timeout.as_secs(), one.abort_grace.as_secs()),
+        (2, 5)
+    );
+    assert_eq!(one.on_reset, super::super::OnReset::Fail);
+    assert_eq!(two.on_reset, super::super::OnReset::Resubmit);
+    let [first, second] = &c.controllers[0].namespaces[..] else {
+        panic!("{:?}", c.controllers);
+    };
+    assert_eq!(first.identity, "a/1/nvme 0000:01:00.0 1 0");
+    let store = StoreSpec::Nvme {
+        address: two.address,
+        nsid: 3,
+        offset: 1 << 20,
+        bytes: Some(2 << 30),
+    };
+    assert_eq!(second.store, store);
+    assert!(!c.controllers[0].sgls, "an SSD is given PRPs only");
+    let wanted = resolve_text(&with("", "sgls = true", NVME)).unwrap_err();
+    assert!(wanted.contains("leave sgls out"), "{wanted}");
+    let quick =
+        crate::config::quick::namespace("nvme:0000:02:00.1,ssd-namespace=3,offset=1M,size=2G");
+    let quick = quick.unwrap();
+    assert_eq!(super::ssds::store(&quick).unwrap().0, store);
 }
 
 #[test]
@@ -436,7 +585,13 @@ fn the_example_is_good_also_with_what_is_commented_out() {
     let mut seen = 0;
     for (key, value) in keys {
         let line = format!("{key} = {value}");
-        let one = text.replacen(&format!("# {line}"), &line, 1);
+        let mut one = text.replacen(&format!("# {line}"), &line, 1);
+        if one
+            .split_once("# [[ssd]]")
+            .is_some_and(|(_, ssd)| ssd.contains(&format!("\n{line}")))
+        {
+            one = one.replacen("# [[ssd]]", "[[ssd]]", 1);
+        }
         if let Err(e) = resolve_text(&one) {
             assert!(!e.contains("unknown field"), "{e}");
         }

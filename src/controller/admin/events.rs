@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 
 use nvme_spec::event::{AsyncEvent, AsyncEventConfig, EventType};
 use nvme_spec::log::LogId;
+use serde::{Deserialize, Serialize};
 
 /// Requests that may wait at a time (Identify AERL + 1).
 pub(in crate::controller) const LIMIT: usize = 4;
@@ -23,7 +24,38 @@ pub(in crate::controller) struct Events {
     pub(in crate::controller) config: AsyncEventConfig,
 }
 
+/// The same, to be written down.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(in crate::controller) struct EventsImage {
+    requests: Vec<u16>,
+    pending: Vec<u32>,
+    masked: Vec<u32>,
+    config: u32,
+}
+
 impl Events {
+    pub(in crate::controller) fn image(&self) -> EventsImage {
+        EventsImage {
+            requests: self.requests.iter().copied().collect(),
+            pending: self.pending.iter().map(|e| e.to_dw0()).collect(),
+            masked: self.masked.iter().map(|e| e.to_dw0()).collect(),
+            config: self.config.into_bits(),
+        }
+    }
+
+    pub(in crate::controller) fn restore(image: &EventsImage) -> Self {
+        let events = |from: &[u32]| -> Vec<_> {
+            let from = from.iter().take(PENDING);
+            from.map(|dw0| AsyncEvent::from_dw0(*dw0)).collect()
+        };
+        Self {
+            requests: image.requests.iter().take(LIMIT).copied().collect(),
+            pending: events(&image.pending).into(),
+            masked: events(&image.masked),
+            config: AsyncEventConfig::from_bits(image.config),
+        }
+    }
+
     /// A request has come; `false` if too many wait already.
     pub(in crate::controller) fn request(&mut self, cid: u16) -> bool {
         if self.requests.len() >= LIMIT {

@@ -1,6 +1,6 @@
 //! Set and Get Features: the values, what they may be, and what they are after a reset.
 
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 use nvme_spec::Status;
 use nvme_spec::admin::{GetFeatures, SetFeatures};
@@ -12,10 +12,10 @@ use nvme_spec::feature::{
     TemperatureThreshold, ThresholdType, Timestamp, VolatileWriteCache, WriteAtomicity,
 };
 use nvme_spec::log::CriticalWarning;
+use serde::{Deserialize, Serialize};
 use zerocopy::{FromBytes as _, IntoBytes as _};
 
 use super::refusal::{Field, Refusal, invalid};
-use crate::controller::health::{TEMPERATURE, WARNING_TEMPERATURE};
 use crate::controller::info::Info;
 use crate::poller::Coalescing;
 
@@ -64,7 +64,27 @@ pub(in crate::controller) struct Features {
 struct Clock {
     millis: u64,
     since: Instant,
+    /// The same by the clock on the wall, for other processes: milliseconds of the Unix epoch.
+    wall: u64,
     origin: u8,
+}
+
+/// The values to be written down.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(in crate::controller) struct FeaturesImage {
+    arbitration: u32,
+    power: u32,
+    over: u16,
+    under: u16,
+    error_recovery: Vec<u32>,
+    granted: u32,
+    coalescing: u32,
+    uncoalesced: Vec<bool>,
+    atomicity: u32,
+    /// Milliseconds, origin, and when that was by the clock on the wall.
+    clock: (u64, u8, u64),
+    behavior: Vec<u8>,
+    progress: u32,
 }
 
 /// What a Get Features gives.
@@ -82,18 +102,14 @@ impl Features {
         Self {
             arbitration: DEFAULT_ARBITRATION,
             power: 0,
-            over: WARNING_TEMPERATURE,
+            over: info.temperatures()[0],
             under: 0,
             error_recovery: vec![ErrorRecovery::new(); info.namespaces.len()],
             granted: NumberOfQueues::new().with_nsq_z(most_z).with_ncq_z(most_z),
             coalescing: InterruptCoalescing::new(),
             uncoalesced: vec![false; usize::from(info.queues)],
             atomicity: WriteAtomicity::new(),
-            clock: Clock {
-                millis: 0,
-                since: Instant::now(),
-                origin: Timestamp::ORIGIN_RESET,
-            },
+            clock: Clock::at(0, Timestamp::ORIGIN_RESET),
             behavior: HostBehavior::default(),
             progress: SoftwareProgress::new(),
         }
@@ -104,6 +120,60 @@ impl Features {
         let progress = self.progress;
         *self = Self::new(info);
         self.progress = progress;
+    }
+
+    /// The values, to be written down.
+    pub(in crate::controller) fn image(&self) -> FeaturesImage {
+        let mut behavior = self.behavior.as_bytes().to_vec();
+        let used = behavior.iter().rposition(|b| *b != 0);
+        behavior.truncate(used.map_or(0, |at| at + 1));
+        FeaturesImage {
+            arbitration: self.arbitration,
+            power: self.power,
+            over: self.over,
+            under: self.under,
+            error_recovery: self.error_recovery.iter().map(|e| e.into_bits()).collect(),
+            granted: self.granted.into_bits(),
+            coalescing: self.coalescing.into_bits(),
+            uncoalesced: self.uncoalesced.clone(),
+            atomicity: self.atomicity.into_bits(),
+            clock: (self.clock.millis, self.clock.origin, self.clock.wall),
+            behavior,
+            progress: self.progress.into_bits(),
+        }
+    }
+
+    /// Values that were written down, as far as they fit this controller.
+    pub(in crate::controller) fn restore(info: &Info, image: &FeaturesImage) -> Self {
+        let mut new = Self::new(info);
+        let most_z = info.queues.saturating_sub(2);
+        let granted = NumberOfQueues::from_bits(image.granted);
+        new.granted = NumberOfQueues::new()
+            .with_nsq_z(granted.nsq_z().min(most_z))
+            .with_ncq_z(granted.ncq_z().min(most_z));
+        for (to, from) in new.error_recovery.iter_mut().zip(&image.error_recovery) {
+            *to = ErrorRecovery::from_bits(*from);
+        }
+        for (to, from) in new.uncoalesced.iter_mut().zip(&image.uncoalesced) {
+            *to = *from;
+        }
+        let (millis, origin, then) = image.clock;
+        // What has passed since then counts too.
+        let passed = wall().saturating_sub(then);
+        new.clock = Clock::at(millis.saturating_add(passed), origin);
+        let mut behavior = image.behavior.clone();
+        behavior.resize(size_of::<HostBehavior>(), 0);
+        new.behavior = HostBehavior::read_from_bytes(&behavior).unwrap_or_default();
+        Self {
+            arbitration: image.arbitration,
+            power: image.power,
+            over: image.over,
+            under: image.under,
+            coalescing: InterruptCoalescing::from_bits(image.coalescing),
+            atomicity: WriteAtomicity::from_bits(image.atomicity),
+            progress: SoftwareProgress::from_bits(image.progress),
+            ..new
+        }
     }
 
     /// I/O submission queues granted.
@@ -127,10 +197,10 @@ impl Features {
         }
     }
 
-    /// The warnings that follow from thresholds.
-    pub(in crate::controller) fn warning(&self) -> CriticalWarning {
+    /// The warnings that follow from thresholds, at a composite temperature in kelvins.
+    pub(in crate::controller) fn warning(&self, temperature: u16) -> CriticalWarning {
         CriticalWarning::new()
-            .with_temperature(TEMPERATURE >= self.over || TEMPERATURE <= self.under)
+            .with_temperature(temperature >= self.over || temperature <= self.under)
     }
 
     /// Get Features.
@@ -296,11 +366,7 @@ impl Features {
             FeatureId::TIMESTAMP => {
                 let stamp =
                     Timestamp::read_from_bytes(data).map_err(|_| Status::DATA_TRANSFER_ERROR)?;
-                self.clock = Clock {
-                    millis: stamp.get(),
-                    since: Instant::now(),
-                    origin: Timestamp::ORIGIN_SET,
-                };
+                self.clock = Clock::at(stamp.get(), Timestamp::ORIGIN_SET);
             }
             FeatureId::HOST_BEHAVIOR => {
                 let behavior =
@@ -359,7 +425,22 @@ impl Features {
 /// No limit of the arbitration burst, all weights one.
 const DEFAULT_ARBITRATION: u32 = 7;
 
+/// Milliseconds by the clock on the wall.
+fn wall() -> u64 {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    now.map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
+}
+
 impl Clock {
+    fn at(millis: u64, origin: u8) -> Self {
+        Self {
+            millis,
+            since: Instant::now(),
+            wall: wall(),
+            origin,
+        }
+    }
+
     fn now(&self) -> Timestamp {
         let age = u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX);
         Timestamp::new(self.millis.saturating_add(age), self.origin)

@@ -7,14 +7,14 @@ use nvme_spec::identify::{
     Cns, CommandSetCombinations, ControllerType, Csi, DeallocatedRead, Dlfeat, EntrySize,
     FlushBehavior, Frmw, IdentifyController, IdentifyNamespace, IoCommandSetIndependentNamespace,
     LbaFormat, Le128, Lpa, NamespaceIdDescriptors, NamespaceList, Nsattr, Nsfeat, Nstat,
-    NvmControllerIdentify, NvmNamespaceIdentify, Oacs, Oaes, Oncs, PowerState, Vwc, ascii, utf8,
+    NvmControllerIdentify, NvmNamespaceIdentify, Oacs, Oaes, Oncs, PowerState, Sgls, Vwc, ascii,
+    utf8,
 };
 use zerocopy::IntoBytes as _;
 
 use super::refusal::{Field, Refusal, invalid};
 use super::{ABORT_LIMIT, events};
 use crate::controller::error_log;
-use crate::controller::health::{CRITICAL_TEMPERATURE, WARNING_TEMPERATURE};
 use crate::controller::info::{Info, NamespaceInfo};
 use crate::controller::registers::VERSION;
 
@@ -52,13 +52,14 @@ pub(super) fn identify(
         },
         Cns::CSI_NAMESPACE => {
             nvm_only(command)?;
-            // All of it is zero: no protection information, no limits beyond those of CNS 00h.
-            named(info, command.nsid)?;
-            NvmNamespaceIdentify::default().as_bytes().to_vec()
+            // No protection information, no limits beyond those of CNS 00h.
+            let traits = named(info, command.nsid)?.and_then(|ns| ns.traits.as_deref());
+            let nvm = traits.map_or_else(NvmNamespaceIdentify::default, |t| t.nvm);
+            nvm.as_bytes().to_vec()
         }
         Cns::CSI_CONTROLLER => {
             nvm_only(command)?;
-            nvm_controller().as_bytes().to_vec()
+            nvm_controller(info).as_bytes().to_vec()
         }
         Cns::INDEPENDENT_NAMESPACE => match named(info, command.nsid)? {
             Some(ns) => independent(ns).as_bytes().to_vec(),
@@ -88,6 +89,9 @@ fn named(info: &Info, nsid: u32) -> Result<Option<&NamespaceInfo>, Refusal> {
     Ok(info.namespace(nsid).map(|(_, ns)| ns))
 }
 
+/// SGLS, SGL Support: data in dwords.
+const DWORDS: u8 = 2;
+
 fn nvm_only(command: &Identify) -> Result<(), Refusal> {
     match command.csi {
         Csi::NVM => Ok(()),
@@ -113,6 +117,7 @@ fn controller(info: &Info) -> IdentifyController {
     let [vid, _, ssvid, _] = info.pci_ids;
     let capacity =
         |ns: &NamespaceInfo| u128::from(ns.geometry.blocks) << (ns.geometry.block_shift & 63);
+    let [wctemp, cctemp] = info.temperatures();
     let mut c = IdentifyController {
         vid,
         ssvid,
@@ -135,23 +140,32 @@ fn controller(info: &Info) -> IdentifyController {
             .with_extended(true)
             .with_supported_log_pages(true),
         elpe_z: (error_log::ENTRIES - 1) as u8,
-        wctemp: WARNING_TEMPERATURE,
-        cctemp: CRITICAL_TEMPERATURE,
+        wctemp,
+        cctemp,
         tnvmcap: Le128::new(info.namespaces.iter().map(capacity).sum()),
         sqes: EntrySize::SQ,
         cqes: EntrySize::CQ,
         maxcmd: u16::try_from(info.max_queue_entries).unwrap_or(u16::MAX),
         nn: info.max_namespaces,
+        // What an SSD does not do is not done for it.
         oncs: Oncs::new()
-            .with_compare(true)
-            .with_dataset_management(true)
-            .with_write_zeroes(true)
+            .with_compare(info.traits().all(|t| t.oncs.compare()))
+            .with_dataset_management(info.traits().all(|t| t.oncs.dataset_management()))
+            .with_write_zeroes(info.traits().all(|t| t.oncs.write_zeroes()))
             .with_save_select(true)
             .with_timestamp(true)
-            .with_verify(true),
+            .with_verify(info.traits().all(|t| t.oncs.verify())),
+        awun_z: atomic_z(info, 0),
+        awupf_z: atomic_z(info, 1),
+        acwu_z: atomic_z(info, 2),
         vwc: Vwc::new()
             .with_present(info.volatile_write_cache())
             .with_flush(FlushBehavior::BROADCAST_SUPPORTED),
+        sgls: match info.sgls {
+            // More descriptors than this may be more pieces than a transfer can have.
+            true => Sgls::new().with_supported(DWORDS).with_threshold(255),
+            false => Sgls::new(),
+        },
         subnqn: utf8(&info.subnqn),
         ..IdentifyController::default()
     };
@@ -163,6 +177,19 @@ fn controller(info: &Info) -> IdentifyController {
         };
     }
     c
+}
+
+/// AWUN, AWUPF or ACWU: what all namespaces promise. Only those on SSDs promise more than a block.
+fn atomic_z(info: &Info, which: usize) -> u16 {
+    let of = |ns: &NamespaceInfo| {
+        let traits = ns.traits.as_deref();
+        traits.and_then(|t| t.atomic_z.get(which)).copied()
+    };
+    info.namespaces
+        .iter()
+        .map(|ns| of(ns).unwrap_or(0))
+        .min()
+        .unwrap_or(0)
 }
 
 fn namespace(ns: &NamespaceInfo, used: Option<u64>) -> IdentifyNamespace {
@@ -190,6 +217,16 @@ fn namespace(ns: &NamespaceInfo, used: Option<u64>) -> IdentifyNamespace {
         eui64: ns.identity.eui64,
         ..IdentifyNamespace::default()
     };
+    if let Some(traits) = &ns.traits {
+        let said = &traits.namespace;
+        n.nsfeat = said.nsfeat.with_thin(g.thin);
+        n.dlfeat = said.dlfeat;
+        (n.noiob, n.nabo) = (said.noiob, said.nabo);
+        (n.nawun_z, n.nawupf_z, n.nacwu_z) = (said.nawun_z, said.nawupf_z, said.nacwu_z);
+        (n.nabsn, n.nabspf) = (said.nabsn, said.nabspf);
+        (n.npwg_z, n.npwa_z, n.nows_z) = (said.npwg_z, said.npwa_z, said.nows_z);
+        (n.npdg_z, n.npda_z) = (said.npdg_z, said.npda_z);
+    }
     if let Some(format) = n.lbaf.first_mut() {
         *format = LbaFormat {
             ms: 0,
@@ -214,8 +251,15 @@ fn independent(ns: &NamespaceInfo) -> IoCommandSetIndependentNamespace {
     }
 }
 
-fn nvm_controller() -> NvmControllerIdentify {
+fn nvm_controller(info: &Info) -> NvmControllerIdentify {
+    // 0 is no limit: the least of the others counts.
+    let least = |of: fn(&NvmControllerIdentify) -> u8| {
+        let limits = info.traits().map(|t| of(&t.limits));
+        limits.filter(|limit| *limit != 0).min().unwrap_or(0)
+    };
     NvmControllerIdentify {
+        vsl: least(|l| l.vsl),
+        wzsl: least(|l| l.wzsl),
         ver: nvme_spec::regs::Vs::of(1, 0, 0).into_bits(),
         ..NvmControllerIdentify::default()
     }
@@ -262,15 +306,16 @@ mod tests {
         assert_eq!(c.vwc.into_bits(), 0b111);
         assert!(c.oacs.doorbell_buffer_config());
         assert_eq!(c.oacs.into_bits(), 1 << 8);
-        assert_eq!((c.fuses.into_bits(), c.sgls.into_bits()), (0, 0));
+        assert_eq!((c.fuses.into_bits(), c.sgls.into_bits()), (0, 0xff02));
         assert_eq!(c.cntrltype, ControllerType::IO);
         assert_eq!((c.npss_z, c.psd[0].mp, c.psd[1].mp), (0, 1000, 0));
         assert_eq!(c.tnvmcap.get(), (1 << 29) + (1 << 32));
         let mut info = sample();
-        info.doorbell_buffer = false;
+        (info.doorbell_buffer, info.sgls) = (false, false);
         info.namespaces.remove(0);
         let c = controller(&info);
         assert!(!c.oacs.doorbell_buffer_config() && !c.vwc.present());
+        assert_eq!(c.sgls.into_bits(), 0);
     }
 
     #[test]

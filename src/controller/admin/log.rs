@@ -3,7 +3,7 @@
 use nvme_spec::admin::GetLogPage;
 use nvme_spec::command::NSID_BROADCAST;
 use nvme_spec::feature::FeatureId;
-use nvme_spec::identify::ascii;
+use nvme_spec::identify::{Oncs, ascii};
 use nvme_spec::log::{
     Afi, ChangedNamespaceList, CommandsSupportedAndEffects, CriticalWarning, Effect,
     FirmwareSlotLog, LogId, SupportedLogPages,
@@ -16,7 +16,7 @@ use super::features::SUPPORTED as FEATURES;
 use super::identify::FIRMWARE;
 use super::refusal::{Field, Refusal, invalid};
 use crate::controller::error_log::ErrorLog;
-use crate::controller::health::Health;
+use crate::controller::health::{Health, SsdHealth};
 use crate::controller::info::Info;
 
 /// The pages there are.
@@ -41,6 +41,7 @@ pub(in crate::controller) struct Sources<'a> {
     pub(in crate::controller) errors: &'a ErrorLog,
     pub(in crate::controller) health: &'a Health,
     pub(in crate::controller) warning: CriticalWarning,
+    pub(in crate::controller) ssds: &'a SsdHealth,
     pub(in crate::controller) changed: &'a [u32],
 }
 
@@ -84,7 +85,7 @@ fn page(sources: &Sources<'_>, command: &GetLogPage) -> Result<Vec<u8>, Refusal>
         let errors = sources.errors.count();
         let log = sources
             .health
-            .log(sources.info, only, sources.warning, errors);
+            .log(sources.info, only, sources.warning, errors, sources.ssds);
         return Ok(log.as_bytes().to_vec());
     }
     if !whole {
@@ -141,20 +142,27 @@ fn effects(info: &Info) -> log::CommandsSupportedAndEffects {
     if info.doorbell_buffer {
         log.set_admin(AdminOpcode::DOORBELL_BUFFER_CONFIG, admin);
     }
-    for opcode in [
-        NvmOpcode::FLUSH,
-        NvmOpcode::READ,
-        NvmOpcode::COMPARE,
-        NvmOpcode::VERIFY,
+    let all = |has: fn(&Oncs) -> bool| info.traits().all(|t| has(&t.oncs));
+    for (opcode, effect, there) in [
+        (NvmOpcode::FLUSH, read, true),
+        (NvmOpcode::READ, read, true),
+        (NvmOpcode::COMPARE, read, all(Oncs::compare)),
+        (NvmOpcode::VERIFY, read, all(Oncs::verify)),
+        (NvmOpcode::WRITE, write, true),
+        (NvmOpcode::WRITE_ZEROES, write, all(Oncs::write_zeroes)),
+        (
+            NvmOpcode::DATASET_MANAGEMENT,
+            write,
+            all(Oncs::dataset_management),
+        ),
     ] {
-        log.set_io(opcode, read);
+        if there {
+            log.set_io(opcode, effect);
+        }
     }
-    for opcode in [
-        NvmOpcode::WRITE,
-        NvmOpcode::WRITE_ZEROES,
-        NvmOpcode::DATASET_MANAGEMENT,
-    ] {
-        log.set_io(opcode, write);
+    // Nobody knows what these do: the worst is said.
+    for opcode in info.traits().flat_map(|t| t.pass.iter()) {
+        log.set_io(NvmOpcode(opcode), write);
     }
     log
 }
@@ -204,7 +212,7 @@ mod tests {
             errors.record(&IoFailure {
                 sqid: 1,
                 cid,
-                status: Status::LBA_OUT_OF_RANGE,
+                status: Status::LBA_OUT_OF_RANGE.into(),
                 nsid: 1,
                 lba: 9,
                 parameter: 0xFFFF,
@@ -217,6 +225,7 @@ mod tests {
             errors: &errors,
             health: &health,
             warning: CriticalWarning::new().with_temperature(true),
+            ssds: &SsdHealth::default(),
             changed: &[2, 3],
         })
     }

@@ -10,6 +10,8 @@ mod queues;
 mod refusal;
 mod shadow;
 
+use std::borrow::Cow;
+
 use nvme_spec::admin::{Abort, GetFeatures, GetLogPage, Identify, SetFeatures};
 use nvme_spec::command::{Fuse, Psdt};
 use nvme_spec::event::AsyncEvent;
@@ -19,6 +21,8 @@ use nvme_spec::opcode::AdminOpcode;
 use nvme_spec::{Sqe, Status};
 
 use super::actor::Actor;
+use super::health::SsdHealth;
+use super::info::Info;
 use super::pending::{AdminKind, AdminWork, Work};
 use crate::poller::{IoFailure, Message, Reply};
 use queue::BadDoorbell;
@@ -60,15 +64,6 @@ impl Actor {
             self.events.raise(AsyncEvent::INVALID_DOORBELL_VALUE);
         }
         self.deliver_events();
-        if self
-            .admin
-            .as_mut()
-            .is_some_and(queue::AdminQueue::take_posted)
-            && let Some(vector) = self.shared.vectors.first()
-            && let Err(error) = vector.signal()
-        {
-            self.complain(&format!("interrupt vector 0 cannot be signalled: {error}"));
-        }
         if let Err(BadDoorbell(value)) = looked {
             self.errors.record_queue(0);
             self.fail(&format!(
@@ -92,11 +87,19 @@ impl Actor {
         }
     }
 
+    /// Begin a command that was fetched.
     pub(super) fn execute(&mut self, sqe: &Sqe) {
+        self.commands.push(zerocopy::transmute!(*sqe));
+        self.execute_again(sqe);
+    }
+
+    /// Begin a command that is under way, and was not begun before, or in another process.
+    pub(super) fn execute_again(&mut self, sqe: &Sqe) {
         match self.command(sqe) {
             Ok(Done::Now(dw0)) => self.complete(sqe.cid, dw0, Ok(())),
             Ok(Done::Later) => {}
             Ok(Done::Parked) => {
+                self.end_command(sqe.cid);
                 if let Some(queue) = &mut self.admin {
                     queue.park();
                 }
@@ -117,9 +120,21 @@ impl Actor {
 
     /// Complete a command that was fetched. An error is in the error log already.
     fn complete(&mut self, cid: u16, dw0: u32, result: Result<(), Status>) {
+        self.end_command(cid);
         if let Some(queue) = &mut self.admin {
             let status = result.err().unwrap_or(Status::SUCCESS);
             queue.complete(cid, dw0, status, result.is_err());
+        }
+    }
+
+    /// A command is not under way any more.
+    fn end_command(&mut self, cid: u16) {
+        let is = |words: &[u64; 8]| {
+            let sqe: Sqe = zerocopy::transmute!(*words);
+            sqe.cid == cid
+        };
+        if let Some(at) = self.commands.iter().position(is) {
+            self.commands.remove(at);
         }
     }
 
@@ -127,7 +142,7 @@ impl Actor {
         self.errors.record(&IoFailure {
             sqid: 0,
             cid,
-            status: refusal.status,
+            status: refusal.status.into(),
             nsid,
             lba: 0,
             parameter: refusal.location,
@@ -149,7 +164,7 @@ impl Actor {
                 | AdminOpcode::GET_FEATURES
                 | AdminOpcode::ASYNC_EVENT_REQUEST
         ) || opcode == AdminOpcode::DOORBELL_BUFFER_CONFIG
-            && self.shared.info.doorbell_buffer;
+            && self.info().doorbell_buffer;
         if !known {
             return Err(Refusal::of(Status::INVALID_OPCODE, Field::Opcode));
         }
@@ -180,10 +195,22 @@ impl Actor {
         }
     }
 
+    /// What the guest is told of the controller. A guest that has the interrupt pin rings by registers (see [`super::Controller::use_pin`]).
+    fn info(&self) -> Cow<'_, Info> {
+        let info = &self.shared.info;
+        match info.doorbell_buffer && self.shared.pin.is_used() {
+            false => Cow::Borrowed(info),
+            true => Cow::Owned(Info {
+                doorbell_buffer: false,
+                ..info.clone()
+            }),
+        }
+    }
+
     fn identify(&mut self, sqe: &Sqe) -> Result<Done, Refusal> {
         let store = |at: usize| self.namespaces.get(at).map(|ns| &ns.backend);
         let used = |at| store(at).map(|store| store.allocated_blocks());
-        let data = identify::identify(&self.shared.info, used, &Identify::from_sqe(sqe))?;
+        let data = identify::identify(&self.info(), used, &Identify::from_sqe(sqe))?;
         data::to_guest(&self.map, sqe, &data, 4096)?;
         Ok(Done::Now(0))
     }
@@ -192,11 +219,13 @@ impl Actor {
         // Failures reported before this command was fetched belong into its answer.
         self.collect_failures();
         let command = GetLogPage::from_sqe(sqe);
+        let ssds = SsdHealth::of(&self.namespaces);
         let sources = log::Sources {
             info: &self.shared.info,
             errors: &self.errors,
             health: &self.health,
-            warning: self.features.warning(),
+            warning: self.features.warning(ssds.temperature(None)),
+            ssds: &ssds,
             changed: &self.changed,
         };
         let data = log::read(&sources, &command)?;
@@ -243,11 +272,11 @@ impl Actor {
         ) {
             self.set_coalescing();
         }
-        if self.features.warning().temperature()
-            && matches!(
-                command.fid,
-                FeatureId::TEMPERATURE_THRESHOLD | FeatureId::ASYNC_EVENT_CONFIG
-            )
+        let temperature = || SsdHealth::of(&self.namespaces).temperature(None);
+        if matches!(
+            command.fid,
+            FeatureId::TEMPERATURE_THRESHOLD | FeatureId::ASYNC_EVENT_CONFIG
+        ) && self.features.warning(temperature()).temperature()
         {
             self.events.raise(AsyncEvent::TEMPERATURE_THRESHOLD);
         }
@@ -322,6 +351,11 @@ impl Actor {
             Work::Drain => self.finish_drain(),
             Work::Move(number) => self.go_on_moving(number, result),
             Work::Memory { .. } | Work::Nothing => {}
+            Work::Resume => {
+                if let Err(status) = result {
+                    self.fail(&format!("a poller did not take a queue: {status}"));
+                }
+            }
             Work::Attach(poller) => {
                 if let Err(status) = result {
                     self.refused_by(poller, status);

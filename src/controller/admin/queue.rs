@@ -1,10 +1,14 @@
 //! The admin queue pair: fetch, room in the completion queue, post.
+//!
+//! A completion is not posted when it is made, but by [`AdminQueue::post`], after what follows from it has been written down.
 
 use std::sync::Arc;
 
 use nvme_spec::doorbell::{Doorbell, DoorbellStride};
+use nvme_spec::regs::Aqa;
 use nvme_spec::ring::{Phase, RingSize};
 use nvme_spec::{Cqe, Sqe, Status, StatusField};
+use serde::{Deserialize, Serialize};
 
 use crate::controller::registers::AdminRegisters;
 use crate::memory::{DoorbellWindow, GuestMap, Ring, SharedWord};
@@ -25,8 +29,23 @@ pub(in crate::controller) struct AdminQueue {
     phase: Phase,
     /// Completion queue entries promised to commands that were fetched.
     reserved: u32,
-    /// Entries posted since the last interrupt.
+    /// The completions that were made last: index and entry.
+    batch: Vec<(u16, [u64; 2])>,
+    /// They are posted.
     posted: bool,
+}
+
+/// Where the queue is, for whoever goes on with it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(in crate::controller) struct AdminImage {
+    aqa: u32,
+    asq: u64,
+    acq: u64,
+    sq_head: u16,
+    cq_tail: u16,
+    phase: bool,
+    /// Completions that may not have been posted; to post them again does no harm.
+    batch: Vec<(u16, [u64; 2])>,
 }
 
 /// A doorbell holds a value its queue does not have.
@@ -62,8 +81,59 @@ impl AdminQueue {
             cq_tail: 0,
             phase: Phase::FIRST,
             reserved: 0,
-            posted: false,
+            batch: Vec::new(),
+            posted: true,
         })
+    }
+
+    /// The queues as they were left, with room for so many commands that were fetched. `None` as of [`Self::new`], or if they cannot have been left
+    /// like that.
+    pub(in crate::controller) fn resume(
+        map: &Arc<GuestMap>,
+        window: &Arc<DoorbellWindow>,
+        stride: DoorbellStride,
+        image: &AdminImage,
+        fetched: usize,
+    ) -> Option<Self> {
+        let at = AdminRegisters {
+            aqa: Aqa::from_bits(image.aqa),
+            asq: image.asq,
+            acq: image.acq,
+        };
+        let mut queue = Self::new(map, window, stride, at)?;
+        let (sq_size, cq_size) = (queue.sq_size, queue.cq_size);
+        queue.sq_head = sq_size.index(image.sq_head.into())?;
+        queue.cq_tail = cq_size.index(image.cq_tail.into())?;
+        queue.phase = Phase::from_bit(image.phase);
+        if !image
+            .batch
+            .iter()
+            .all(|(at, _)| cq_size.is_valid_index((*at).into()))
+        {
+            return None;
+        }
+        queue.batch.clone_from(&image.batch);
+        queue.posted = false;
+        // What is no index is found at the next look.
+        let head = cq_size.index(queue.head_bell.load());
+        queue.cq_head = head.unwrap_or(queue.cq_tail);
+        queue.sq_tail = queue.sq_head;
+        queue.reserved = u32::try_from(fetched).ok()?;
+        let used = cq_size.distance(queue.cq_head, queue.cq_tail);
+        (used.checked_add(queue.reserved)? <= cq_size.capacity()).then_some(queue)
+    }
+
+    /// Where it is.
+    pub(in crate::controller) fn image(&self) -> AdminImage {
+        AdminImage {
+            aqa: self.at.aqa.into_bits(),
+            asq: self.at.asq,
+            acq: self.at.acq,
+            sq_head: self.sq_head,
+            cq_tail: self.cq_tail,
+            phase: self.phase.bit(),
+            batch: self.batch.clone(),
+        }
     }
 
     /// Find the queues again in other memory; `false` if they are not in it.
@@ -77,6 +147,11 @@ impl AdminQueue {
                 true
             }
         }
+    }
+
+    /// Entries of the completion queue.
+    pub(in crate::controller) fn cq_size(&self) -> RingSize {
+        self.cq_size
     }
 
     /// Look at both doorbells.
@@ -133,7 +208,7 @@ impl AdminQueue {
         true
     }
 
-    /// Post the completion of a command that was fetched. `more`: the error log has an entry for it.
+    /// Make the completion of a command that was fetched. `more`: the error log has an entry for it.
     pub(in crate::controller) fn complete(
         &mut self,
         cid: u16,
@@ -153,15 +228,23 @@ impl AdminQueue {
             cid,
             status,
         };
-        self.cq.write(u32::from(self.cq_tail), cqe.to_halves());
+        if std::mem::take(&mut self.posted) {
+            self.batch.clear();
+        }
+        self.batch.push((self.cq_tail, cqe.to_halves()));
         (self.cq_tail, self.phase) = self.cq_size.next_with_phase(self.cq_tail, self.phase);
         self.reserved = self.reserved.saturating_sub(1);
-        self.posted = true;
     }
 
-    /// Whether entries were posted since the last call.
-    pub(in crate::controller) fn take_posted(&mut self) -> bool {
-        std::mem::take(&mut self.posted)
+    /// Post what was made since the last call; whether there was anything.
+    pub(in crate::controller) fn post(&mut self) -> bool {
+        if std::mem::replace(&mut self.posted, true) {
+            return false;
+        }
+        for (at, halves) in &self.batch {
+            self.cq.write(u32::from(*at), *halves);
+        }
+        !self.batch.is_empty()
     }
 }
 

@@ -8,9 +8,10 @@ use nvme_spec::{Sqe, Status};
 
 use super::refusal::{Field, Refusal, invalid};
 use super::{Actor, Done};
+use crate::controller::image::{CqImage, SqImage};
 use crate::controller::pending::{AdminKind, Work};
 use crate::controller::queues::{Cq, Sq, State};
-use crate::poller::{Attachment, CqConfig, Message, SqConfig};
+use crate::poller::{Attachment, CqConfig, Journal, Message, SqConfig};
 
 /// CC.IOSQES and CC.IOCQES: log2 of the entry sizes.
 const SQ_ENTRY: u8 = 6;
@@ -45,13 +46,29 @@ impl Actor {
         let poller = self
             .choose_poller(command.prp1)
             .ok_or(Status::INTERNAL_ERROR)?;
+        let number = self.next_number().ok_or(Status::INTERNAL_ERROR)?;
         self.introduce(poller);
         if let Some(slot) = self.queues.cq_slot(qid) {
             let state = State::Creating;
-            *slot = Some(Cq { state, poller });
+            let image = CqImage {
+                qid,
+                base: command.prp1,
+                entries: size.get(),
+                vector: command.ien.then_some(command.iv),
+                number,
+            };
+            *slot = Some(Cq {
+                state,
+                poller,
+                image,
+            });
+        }
+        if vector.is_some() {
+            self.shared.pin.add(qid, command.prp1, size);
         }
         let cq = CqConfig {
             qid,
+            number,
             base: command.prp1,
             size,
             vector,
@@ -85,16 +102,26 @@ impl Actor {
                 ));
             }
         };
+        let number = self.next_number().ok_or(Status::INTERNAL_ERROR)?;
         if let Some(slot) = self.queues.sq_slot(qid) {
             let state = State::Creating;
+            let image = SqImage {
+                qid,
+                base: command.prp1,
+                entries: size.get(),
+                cqid,
+                number,
+            };
             *slot = Some(Sq {
                 state,
                 poller,
                 cqid,
+                image,
             });
         }
         let sq = SqConfig {
             qid,
+            number,
             base: command.prp1,
             size,
             cqid,
@@ -147,7 +174,9 @@ impl Actor {
             stride: info.stride,
             max_transfer: info.max_transfer,
             max_namespaces: info.max_namespaces,
+            sgls: info.sgls,
             doorbells: self.doorbell_mode(),
+            journal: self.state.clone().map(|state| Journal::new(state, poller)),
         };
         let token = self.pending.begin(vec![poller], Work::Attach(poller));
         let attachment = Box::new(attachment);
@@ -198,6 +227,9 @@ impl Actor {
             AdminKind::CreateCq(qid) => {
                 let slot = self.queues.cq_slot(qid);
                 after_create(slot, done, |cq| cq.state = State::Live);
+                if !done {
+                    self.shared.pin.remove(qid);
+                }
             }
             AdminKind::CreateSq(qid) => {
                 let slot = self.queues.sq_slot(qid);
@@ -206,13 +238,17 @@ impl Actor {
             AdminKind::DeleteCq(qid) => {
                 let slot = self.queues.cq_slot(qid);
                 after_delete(slot, done, |cq| cq.state = State::Live);
+                if done {
+                    self.shared.pin.remove(qid);
+                }
             }
             AdminKind::DeleteSq(qid) => {
                 let slot = self.queues.sq_slot(qid);
                 after_delete(slot, done, |sq| sq.state = State::Live);
             }
-            AdminKind::Shadow if !done => self.shadow = None,
-            AdminKind::Shadow | AdminKind::Abort => {}
+            AdminKind::Shadow if !done => (self.shadow, self.shadow_used) = (None, None),
+            AdminKind::Shadow => self.shadow_used = self.shadow,
+            AdminKind::Abort => {}
         }
     }
 }

@@ -34,6 +34,7 @@ impl Actor {
         self.shadow = Some(shadow);
         let pollers = self.attached_pollers();
         if pollers.is_empty() {
+            self.shadow_used = self.shadow;
             return Ok(Done::Now(0));
         }
         let work = AdminWork {

@@ -357,7 +357,7 @@ fn errors_are_logged_and_counted() {
         crate::poller::PollerEvent::Failed(crate::poller::IoFailure {
             sqid: 2,
             cid: 3,
-            status: Status::LBA_OUT_OF_RANGE,
+            status: Status::LBA_OUT_OF_RANGE.into(),
             nsid: 1,
             lba: 1 << 40,
             parameter: ErrorLogEntry::location_of(40, 0),

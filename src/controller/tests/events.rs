@@ -3,7 +3,7 @@
 use super::*;
 use crate::poller::PollerEvent;
 use nvme_spec::event::AsyncEvent;
-use nvme_spec::log::LogId;
+use nvme_spec::log::{CriticalWarning, LogId};
 
 fn request(cid: u16) -> Sqe {
     command(AdminOpcode::ASYNC_EVENT_REQUEST).with_cid(cid)
@@ -120,6 +120,26 @@ fn a_crossed_temperature_threshold_is_a_health_event_for_those_who_asked() {
     assert_eq!(done.len(), 2);
     let event = AsyncEvent::from_dw0(done[1].dw0);
     assert_eq!(event, AsyncEvent::TEMPERATURE_THRESHOLD);
+}
+
+#[test]
+fn the_health_of_an_ssd_is_an_event_for_those_who_asked() {
+    let mut rig = Rig::enabled();
+    let health = |warning| Mail::Health(warning);
+    let spare = CriticalWarning::new().with_spare(true);
+    rig.submit(request(1));
+    rig.submit(request(2));
+    rig.shared.inbox.send(health(spare));
+    assert!(rig.events().is_empty(), "not asked for");
+    rig.ok(set_feature(0x0B, 1));
+    rig.shared.inbox.send(health(spare.with_read_only(true)));
+    rig.shared.inbox.send(health(CriticalWarning::new()));
+    assert_eq!(rig.events(), [(1, AsyncEvent::SPARE_BELOW_THRESHOLD)]);
+    rig.ok(read_log(LogId::SMART, false));
+    assert!(rig.events().is_empty(), "nothing else was asked for");
+    rig.ok(set_feature(0x0B, 4));
+    rig.shared.inbox.send(health(spare.with_read_only(true)));
+    assert_eq!(rig.events(), [(2, AsyncEvent::NVM_SUBSYSTEM_RELIABILITY)]);
 }
 
 #[test]

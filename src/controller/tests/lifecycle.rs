@@ -306,9 +306,11 @@ fn a_public_controller_needs_pollers_and_good_numbers() {
         max_queue_entries: 1024,
         max_transfer: 1 << 20,
         doorbell_buffer: true,
+        sgls: true,
         doorbell_stride: 0,
         pci_ids: [0; 4],
         placement: Default::default(),
+        keep: Arc::new(crate::state::Keep::nowhere()),
     };
     let pool = PollerPool::start(&[]).unwrap();
     let error = Controller::new(config(0), &pool).err().unwrap().to_string();

@@ -1,10 +1,12 @@
 //! The whole control plane, driven turn by turn: guest memory in a box, pollers that are scripts.
 
 mod commands;
+mod crash;
 mod events;
 mod lifecycle;
 mod moving;
 mod random;
+mod resuming;
 mod switching;
 mod threads;
 
@@ -26,6 +28,7 @@ use crate::backend::Backend;
 use crate::memory::{GuestMap, Region};
 use crate::poller::sleep::Bed;
 use crate::poller::{ControlSink as _, ControllerKey, Message, Reply};
+use crate::state::Keep;
 
 /// Where the guest has its memory, its admin queues and a page for data.
 const BASE: u64 = 0x10_0000;
@@ -74,6 +77,10 @@ impl Port for ScriptPort {
         self.1.queues[self.0].fetch_add(more, Ordering::Relaxed);
     }
 
+    fn slots(&self) -> usize {
+        64
+    }
+
     fn node(&self) -> Option<u32> {
         Some(self.0 as u32)
     }
@@ -91,7 +98,8 @@ fn token(message: &Message) -> Option<u64> {
         | Message::SetShadow { token, .. }
         | Message::Release { token, .. }
         | Message::Adopt { token, .. }
-        | Message::Forget { token, .. }
+        | Message::Hello { token, .. }
+        | Message::Suspend { token, .. }
         | Message::Reset { token, .. }
         | Message::Detach { token, .. } => Some(*token),
         _ => None,
@@ -114,9 +122,12 @@ fn kind(message: &Message) -> String {
         Message::Release { cqid, .. } => format!("Release {cqid}"),
         Message::Keep { cqid, .. } => format!("Keep {cqid}"),
         Message::Adopt { queues, .. } => format!("Adopt {} {:?}", queues.cqid(), queues.sqids()),
-        Message::Forget { cqid, sqids, .. } => format!("Forget {cqid} {sqids:?}"),
+        Message::Hello { .. } => "Hello".into(),
+        Message::Suspend { .. } => "Suspend".into(),
         Message::Reset { .. } => "Reset".into(),
         Message::Detach { .. } => "Detach".into(),
+        Message::Ping(_) => "Ping".into(),
+        Message::Stuck(_) => "Stuck".into(),
         Message::Stop => "Stop".into(),
     }
 }
@@ -142,7 +153,8 @@ impl Rig {
     }
 
     fn with(info: Info, volatile: Vec<Arc<Backend>>) -> Self {
-        let (shared, outbox) = Shared::new(info, 2).unwrap();
+        let keep = Arc::new(Keep::nowhere());
+        let (shared, outbox) = Shared::new(info, 2, &keep).unwrap();
         let script = Arc::new(Script {
             sent: Mutex::default(),
             silent: AtomicBool::new(false),
@@ -161,6 +173,7 @@ impl Rig {
             namespaces: Arc::new([]),
             volatile,
             bed: Bed::new().unwrap(),
+            keep,
         });
         let mut rig = Self {
             actor,

@@ -93,9 +93,11 @@ impl Guest {
             max_queue_entries: 64,
             max_transfer: 1 << 20,
             doorbell_buffer: true,
+            sgls: true,
             doorbell_stride: 0,
             pci_ids: [1, 2, 3, 4],
             placement: Default::default(),
+            keep: Arc::new(crate::state::Keep::nowhere()),
         };
         Self {
             controller: Controller::new(config, pool).unwrap(),
@@ -108,7 +110,9 @@ impl Guest {
 
     fn connect(&mut self) {
         self.controller.attach(Arc::new(Front));
-        assert!(self.controller.set_memory(Arc::clone(&self.map), LIMIT));
+        self.controller
+            .set_memory(Arc::clone(&self.map), LIMIT)
+            .unwrap();
         (self.kicks, self.calls) = (0..3).map(|_| (eventfd(), eventfd())).unzip();
         for i in 0..3 {
             let call = self.calls[i].try_clone().unwrap();
@@ -255,4 +259,62 @@ fn a_whole_life() {
         });
     }
     drop(guest);
+}
+
+#[test]
+fn a_front_end_that_lost_its_connection_goes_on() {
+    let pool = PollerPool::start(&[PollerConfig {
+        core: None,
+        idle: IdlePolicy::Interrupt,
+        poll_for: Duration::ZERO,
+        slots: 64,
+    }])
+    .unwrap();
+    let id = [5; 16];
+    let mut guest = Guest::new(&pool);
+    guest.connect();
+    guest.controller.set_instance(id);
+    assert_eq!(guest.controller.kept(), 0);
+    assert!(guest.controller.go(false, LIMIT));
+    guest.enable();
+    let (cq, sq) = (create_cq(1), create_sq(1, 1));
+    guest.admin(cq);
+    guest.admin(sq);
+    let mut pair = Pair::new(1, sq.prp1, cq.prp1, 32);
+    for round in 0..5u8 {
+        for (opcode, at) in [(1, DATA), (2, DATA + 0x2000)] {
+            assert!(guest.map.write(DATA, &[round; 512]));
+            let sqe = Sqe {
+                opcode,
+                cid: round.into(),
+                nsid: 1,
+                prp1: at,
+                ..Sqe::default()
+            };
+            let cqe;
+            (pair, cqe) = guest.run_on(pair, sqe);
+            assert_eq!(cqe.status(), Status::SUCCESS);
+        }
+        let mut back = [0; 512];
+        assert!(guest.map.read(DATA + 0x2000, &mut back));
+        assert_eq!(back, [round; 512]);
+        assert!(guest.controller.suspend(LIMIT));
+        until("letting go of the guest's memory", || {
+            Arc::strong_count(&guest.map) == 1
+        });
+        guest.connect();
+        assert_eq!(guest.controller.kept(), 0, "nobody said who it is");
+        guest.controller.set_instance(id);
+        assert_eq!(guest.controller.kept(), 1);
+        assert!(guest.controller.go(true, LIMIT));
+        assert!(guest.csts().rdy());
+        // The admin queue's last interrupt may have been lost: it comes once more.
+        assert!(rustix::io::read(&guest.calls[0], &mut [0u8; 8]).is_ok());
+        guest.admin(identify_controller());
+    }
+    // It does not want it any more.
+    assert!(guest.controller.suspend(LIMIT));
+    guest.connect();
+    guest.enable();
+    guest.admin(create_cq(1));
 }

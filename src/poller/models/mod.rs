@@ -6,6 +6,7 @@
 //! that the others would notice.
 
 mod interrupts;
+mod side_words;
 mod switching;
 
 use std::sync::Arc;

@@ -13,11 +13,12 @@ use rustix::net::{RecvAncillaryBuffer, RecvFlags, recvmsg};
 use vhost::vhost_user::message::{BackendReq, VhostUserMMap, VhostUserMMapFlags};
 use vm_memory::ByteValued;
 
-use super::Failure;
-use super::message::{HEADER, send_all};
+use super::message::HEADER;
 use crate::controller::{Controller, FrontEnd};
 use crate::memory::DoorbellWindow;
 use crate::poller::DoorbellMode;
+use crate::transport::Failure;
+use crate::transport::stream::send_all;
 
 /// Version 1, and an acknowledgement is wanted.
 const FLAGS: u32 = 0x1 | 0x8;
@@ -242,6 +243,7 @@ impl Asker {
     fn request(&self, shmid: u8, flags: VhostUserMMapFlags) -> VhostUserMMap {
         VhostUserMMap {
             shmid,
+            fd_offset: self.window.file_offset(),
             len: self.window.bytes() as u64,
             flags: flags.bits(),
             ..VhostUserMMap::default()

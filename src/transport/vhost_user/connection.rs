@@ -12,25 +12,14 @@ use rustix::net::{RecvFlags, SendFlags, recv, send};
 use vhost::vhost_user::message::FrontendReq;
 use vhost::vhost_user::{BackendReqHandler, Error};
 
-use super::Failure;
 use super::channel::Channel;
 use super::device::Device;
 use super::message::{Message, ReadError, Reader};
 use crate::controller::{Controller, DRAIN_LIMIT};
-
-/// How a connection ended.
-#[derive(Debug)]
-pub enum End {
-    /// The front-end closed it.
-    Closed,
-    /// We were told to stop.
-    Stopped,
-    /// Something was wrong: what came and why it was refused.
-    Refused(String),
-}
+use crate::transport::{DOORBELLS_CUT, End, Ended, Failure, refused};
 
 /// Serve a front-end until it goes, does something wrong, or `stop` becomes readable. The controller is attached
-/// meanwhile, and has let go of everything afterwards.
+/// meanwhile, and has let go of everything but its state afterwards.
 pub fn serve(stream: &UnixStream, controller: &Arc<Controller>, stop: impl AsFd) -> End {
     let result = Connection::new(stream, controller);
     let mut connection = match result {
@@ -40,7 +29,12 @@ pub fn serve(stream: &UnixStream, controller: &Arc<Controller>, stop: impl AsFd)
     controller.attach(Arc::clone(&connection.channel) as _);
     let end = connection.run(stop);
     connection.channel.close();
-    if !controller.detach(DRAIN_LIMIT) {
+    let quiet = match controller.window().is_cut() {
+        // What the guest had rung is gone with it: there is nothing to go on from.
+        true => controller.detach(DRAIN_LIMIT),
+        false => controller.suspend(DRAIN_LIMIT),
+    };
+    if !quiet {
         tracing::warn!(
             controller = controller.name(),
             "I/O of the front-end that has gone is still out after {DRAIN_LIMIT:?}; its memory stays mapped until it is done"
@@ -60,13 +54,6 @@ struct Connection<'a> {
     /// may send what it likes, when it likes, and we still see that we are to stop.
     crate_side: BackendReqHandler<Device>,
     feed: UnixStream,
-}
-
-/// Why the loop ended early.
-struct Ended(End);
-
-fn refused(what: &str, why: impl std::fmt::Display) -> Ended {
-    Ended(End::Refused(format!("{what} refused: {why}")))
 }
 
 impl<'a> Connection<'a> {
@@ -101,21 +88,30 @@ impl<'a> Connection<'a> {
     /// Wait for the front-end's socket; an end that comes from our side is looked at first.
     fn wait(&self, stop: impl AsFd, events: PollFlags) -> Result<(), Ended> {
         loop {
+            let window = self.controller.window();
             let mut fds = [
                 PollFd::new(&self.front, events),
                 PollFd::new(self.failure.wake(), PollFlags::IN),
                 PollFd::new(&stop, PollFlags::IN),
+                // Where nobody can cut it, something that is looked at anyway.
+                PollFd::from_borrowed_fd(
+                    window.cut_fd().unwrap_or(self.failure.wake().as_fd()),
+                    PollFlags::IN,
+                ),
             ];
             match poll(&mut fds, None) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(e) => return Err(refused("waiting for the front-end", e)),
             }
-            let [front, wake, stop] = fds.map(|f| !f.revents().is_empty());
+            let [front, wake, stop, _] = fds.map(|f| !f.revents().is_empty());
             if stop {
                 return Err(Ended(End::Stopped));
             }
             if wake {
                 self.failed()?;
+            }
+            if window.is_cut() {
+                return Err(Ended(End::Refused(DOORBELLS_CUT.into())));
             }
             if front {
                 return Ok(());

@@ -15,10 +15,10 @@ use vhost::vhost_user::{
 };
 use vm_memory::FileOffset;
 
-use super::Failure;
-use super::page::{self, FrontEndPage};
-use crate::controller::{Controller, DRAIN_LIMIT};
+use super::page::{self, FrontEndPage, Written};
+use crate::controller::{Controller, DRAIN_LIMIT, MemoryError};
 use crate::memory::{GuestMap, Region, VmRegion, check_file};
+use crate::transport::{Failure, is_eventfd};
 
 /// `VIRTIO_F_VERSION_1`.
 const VERSION_1: u64 = 1 << 32;
@@ -141,14 +141,15 @@ impl Device {
             GuestMap::new(regions).map_err(|e| Error::ReqHandlerError(io::Error::other(e)))?;
         // The old mappings stay until the controller has let go of them.
         let old = std::mem::replace(&mut self.state().memory, memory);
-        let done = self.controller.set_memory(map, DRAIN_LIMIT);
-        drop(old);
-        if done {
-            Ok(())
-        } else {
-            refuse(format!(
-                "I/O still uses the memory that was taken away, after {DRAIN_LIMIT:?}"
-            ))
+        match self.controller.set_memory(map, DRAIN_LIMIT) {
+            Ok(()) => Ok(()),
+            Err(e @ MemoryError::InUse(_)) => refuse(e.to_string()),
+            Err(e) => {
+                // What was there before is still used.
+                self.state().memory = old;
+                tracing::error!(controller = self.controller.name(), "{e}");
+                refuse(e.to_string())
+            }
         }
     }
 }
@@ -156,9 +157,7 @@ impl Device {
 /// Check that a file is an eventfd.
 fn eventfd(what: &str, index: u32, file: Option<File>) -> Result<Option<File>> {
     let Some(file) = file else { return Ok(None) };
-    let number = std::os::fd::AsRawFd::as_raw_fd(&file);
-    let link = std::fs::read_link(format!("/proc/self/fd/{number}"));
-    if link.is_ok_and(|l| !l.to_string_lossy().contains("[eventfd]")) {
+    if !is_eventfd(&file) {
         return refuse(format!("the {what} of vring {index} is not an eventfd"));
     }
     Ok(Some(file))
@@ -229,19 +228,30 @@ impl VhostUserBackendReqHandler for Device {
         if !low.is_empty() {
             self.controller.read(offset, low);
         }
+        let kept = self.controller.kept().to_le_bytes();
         let state = self.state();
         let start = offset.saturating_sub(page::START) as usize;
         for (i, byte) in high.iter_mut().enumerate() {
-            *byte = state.page.byte(start + i);
+            *byte = match (start + i).checked_sub(page::KEPT) {
+                Some(at @ 0..4) => kept[at],
+                _ => state.page.byte(start + i),
+            };
         }
         Ok(out)
     }
 
     fn set_config(&self, offset: u32, data: &[u8], _: VhostUserConfigFlags) -> Result<()> {
         if let Some(at) = offset.checked_sub(page::START) {
-            let id = self.state().page.write(at as usize, data);
-            if let Some(id) = id {
-                self.controller.set_instance(id);
+            let written = self.state().page.write(at as usize, data);
+            match written {
+                None => {}
+                Some(Written::Instance(id)) => self.controller.set_instance(id),
+                Some(Written::Go { used }) if !self.controller.go(used, DRAIN_LIMIT) => {
+                    return refuse(format!(
+                        "I/O of an earlier connection is still out, {DRAIN_LIMIT:?} after everything was sent"
+                    ));
+                }
+                Some(Written::Go { .. }) => {}
             }
         } else if matches!(data.len(), 1 | 2 | 4 | 8) && offset.is_multiple_of(data.len() as u32) {
             self.controller.write(offset, data);

@@ -1,15 +1,11 @@
 //! Messages of a front-end as they come off the socket: whole, with their files, and with a name for the log.
 
-use std::io::{self, IoSlice, IoSliceMut};
-use std::mem::MaybeUninit;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rustix::io::Errno;
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
-};
 use vhost::vhost_user::message::FrontendReq;
+
+use crate::transport::stream::{Incoming, Received, send_all};
 
 /// Bytes of a header: request, flags, size of the body.
 pub const HEADER: usize = 12;
@@ -71,29 +67,6 @@ impl Message {
     }
 }
 
-/// Send all bytes, the files with the first of them.
-///
-/// # Errors
-///
-/// What the socket says.
-pub fn send_all(to: impl AsFd, bytes: &[u8], files: &[BorrowedFd<'_>]) -> io::Result<()> {
-    let mut sent = 0;
-    while sent < bytes.len() {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FILES))];
-        let mut control = SendAncillaryBuffer::new(&mut space);
-        if sent == 0 && !files.is_empty() && !control.push(SendAncillaryMessage::ScmRights(files)) {
-            return Err(io::Error::other("too many files"));
-        }
-        let rest = [IoSlice::new(&bytes[sent..])];
-        match sendmsg(to.as_fd(), &rest, &mut control, SendFlags::NOSIGNAL) {
-            Ok(n) => sent += n,
-            Err(Errno::INTR) => {}
-            Err(e) => return Err(e.into()),
-        }
-    }
-    Ok(())
-}
-
 fn word(bytes: &[u8], index: usize) -> u32 {
     bytes
         .get(index * 4..index * 4 + 4)
@@ -111,8 +84,7 @@ fn name(code: u32) -> String {
 /// Puts messages together from what the socket gives, without ever waiting.
 #[derive(Default)]
 pub struct Reader {
-    bytes: Vec<u8>,
-    files: Vec<OwnedFd>,
+    incoming: Incoming,
 }
 
 impl Reader {
@@ -124,11 +96,9 @@ impl Reader {
     pub fn read(&mut self, from: impl AsFd) -> Result<Option<Message>, ReadError> {
         loop {
             let want = self.wanted()?;
-            if self.bytes.len() == want {
-                return Ok(Some(Message {
-                    bytes: std::mem::take(&mut self.bytes),
-                    files: std::mem::take(&mut self.files),
-                }));
+            if self.incoming.bytes.len() == want {
+                let Incoming { bytes, files } = std::mem::take(&mut self.incoming);
+                return Ok(Some(Message { bytes, files }));
             }
             if !self.receive(from.as_fd(), want)? {
                 return Ok(None);
@@ -138,15 +108,18 @@ impl Reader {
 
     /// Bytes of the message, as far as it is known.
     fn wanted(&self) -> Result<usize, ReadError> {
-        if self.bytes.len() < HEADER {
+        if self.incoming.bytes.len() < HEADER {
             return Ok(HEADER);
         }
         let bad = |why: String| ReadError::Bad {
-            name: name(word(&self.bytes, 0)),
+            name: name(word(&self.incoming.bytes, 0)),
             why,
         };
-        let (flags, size) = (word(&self.bytes, 1), word(&self.bytes, 2) as usize);
-        if FrontendReq::try_from(word(&self.bytes, 0)).is_err() {
+        let (flags, size) = (
+            word(&self.incoming.bytes, 1),
+            word(&self.incoming.bytes, 2) as usize,
+        );
+        if FrontendReq::try_from(word(&self.incoming.bytes, 0)).is_err() {
             return Err(bad("vhost-user knows no such message".into()));
         }
         if flags & !0x8 != 1 {
@@ -162,30 +135,8 @@ impl Reader {
 
     /// Read up to `want` bytes in all. `false`: there is nothing now.
     fn receive(&mut self, from: BorrowedFd<'_>, want: usize) -> Result<bool, ReadError> {
-        let have = self.bytes.len();
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FILES))];
-        let mut control = RecvAncillaryBuffer::new(&mut space);
-        self.bytes.resize(want, 0);
-        let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
-        let result = recvmsg(
-            from,
-            &mut [IoSliceMut::new(&mut self.bytes[have..])],
-            &mut control,
-            flags,
-        );
-        let got = result.as_ref().map_or(0, |r| r.bytes.min(want - have));
-        self.bytes.truncate(have + got);
-        for message in control.drain() {
-            if let RecvAncillaryMessage::ScmRights(fds) = message {
-                self.files.extend(fds);
-            }
-        }
-        let result = match result {
-            Err(Errno::AGAIN | Errno::INTR) => return Ok(false),
-            Err(Errno::CONNRESET) => return Err(self.gone()),
-            other => other.map_err(io::Error::from)?,
-        };
-        if result.flags.contains(ReturnFlags::CTRUNC) || self.files.len() > MAX_FILES {
+        let received = self.incoming.receive(from, want)?;
+        if received == Received::TooManyFiles || self.incoming.files.len() > MAX_FILES {
             return Err(ReadError::Bad {
                 name: self.partial_name(),
                 why: format!(
@@ -193,22 +144,23 @@ impl Reader {
                 ),
             });
         }
-        if got == 0 {
-            return Err(self.gone());
+        match received {
+            Received::Some => Ok(true),
+            Received::Nothing => Ok(false),
+            Received::Gone | Received::TooManyFiles => Err(self.gone()),
         }
-        Ok(true)
     }
 
     fn partial_name(&self) -> String {
-        if self.bytes.len() < 4 {
+        if self.incoming.bytes.len() < 4 {
             "a message".into()
         } else {
-            name(word(&self.bytes, 0))
+            name(word(&self.incoming.bytes, 0))
         }
     }
 
     fn gone(&self) -> ReadError {
-        if self.bytes.is_empty() {
+        if self.incoming.bytes.is_empty() {
             ReadError::Closed
         } else {
             ReadError::Truncated(self.partial_name())

@@ -1,6 +1,7 @@
 //! Features: what is set is got, and what is refused is refused exactly.
 
 use super::*;
+use crate::controller::health::TEMPERATURE;
 use crate::controller::info::tests::sample;
 
 fn set(fid: FeatureId, cdw11: u32) -> SetFeatures {
@@ -320,12 +321,12 @@ fn data_features_keep_their_data_and_the_clock_runs() {
 #[test]
 fn a_threshold_on_the_wrong_side_warns() {
     let mut rig = Rig::new();
-    assert!(!rig.features.warning().temperature());
+    assert!(!rig.features.warning(TEMPERATURE).temperature());
     let fid = FeatureId::TEMPERATURE_THRESHOLD;
     rig.set(&set(fid, u32::from(TEMPERATURE))).unwrap();
-    assert!(rig.features.warning().temperature());
+    assert!(rig.features.warning(TEMPERATURE).temperature());
     rig.set(&set(fid, 343)).unwrap();
     rig.set(&set(fid, u32::from(TEMPERATURE) | 1 << 20))
         .unwrap();
-    assert!(rig.features.warning().temperature());
+    assert!(rig.features.warning(TEMPERATURE).temperature());
 }

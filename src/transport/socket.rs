@@ -11,6 +11,8 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
+use super::Carried;
+
 /// Why a controller cannot be reached at a socket: what is wrong, and what to do.
 #[derive(Debug, thiserror::Error)]
 #[error("{what}: {hint}")]
@@ -45,6 +47,8 @@ pub enum Endpoint {
     Listening(UnixListener),
     /// There is one front-end, and this is it.
     Connected(UnixStream),
+    /// A socket that another process has listened on, with a connection of vfio-user that it has begun.
+    Taken(UnixListener, Option<(UnixStream, Carried)>),
 }
 
 /// A socket file of ours; removed when this is dropped, unless somebody has put another one in its place.
@@ -52,11 +56,13 @@ pub enum Endpoint {
 pub struct SocketFile {
     path: PathBuf,
     identity: (u64, u64),
+    /// Somebody else goes on with it.
+    kept: bool,
 }
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        if identity(&self.path).is_some_and(|i| i == self.identity) {
+        if !self.kept && identity(&self.path).is_some_and(|i| i == self.identity) {
             let _ = std::fs::remove_file(&self.path);
         }
     }
@@ -75,9 +81,9 @@ impl SocketFile {
     ///
     /// # Errors
     ///
-    /// [`SocketError`]: the path is too long, its directory does not exist or may not be written, there is something
-    /// there that is no socket, or a live process listens there.
-    pub fn check(path: &Path) -> Result<(), SocketError> {
+    /// [`SocketError`]: the path is too long, its directory does not exist or may not be written, or there is something
+    /// there that is no socket.
+    pub fn check_place(path: &Path) -> Result<(), SocketError> {
         let shown = path.display();
         if path.as_os_str().len() > MAX_PATH {
             return Err(SocketError::new(
@@ -110,23 +116,64 @@ impl SocketFile {
             ));
         }
         match std::fs::symlink_metadata(path) {
-            Err(_) => Ok(()),
-            Ok(m) if m.file_type().is_socket() => match UnixStream::connect(path) {
-                Ok(_) => Err(SocketError::new(
-                    format!("the socket {shown} is in use"),
-                    "a process listens there; stop it or choose another --socket-path",
-                )),
-                Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => Ok(()),
-                Err(e) => Err(SocketError::io(
-                    format!("the socket {shown} exists, and who listens there cannot be found out"),
-                    e,
-                )),
-            },
-            Ok(_) => Err(SocketError::new(
+            Ok(m) if !m.file_type().is_socket() => Err(SocketError::new(
                 format!("{shown} exists and is not a socket"),
                 "remove it or choose another --socket-path",
             )),
+            _ => Ok(()),
         }
+    }
+
+    /// Check that a socket can be made at `path`, and that nobody listens there.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::check_place`]; also when somebody listens.
+    pub fn check(path: &Path) -> Result<(), SocketError> {
+        Self::check_place(path)?;
+        let shown = path.display();
+        match UnixStream::connect(path) {
+            Ok(_) => Err(SocketError::new(
+                format!("the socket {shown} is in use"),
+                "a process listens there; stop it or choose another --socket-path",
+            )),
+            Err(e)
+                if matches!(
+                    e.kind(),
+                    io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound
+                ) =>
+            {
+                Ok(())
+            }
+            Err(e) => Err(SocketError::io(
+                format!("the socket {shown} exists, and who listens there cannot be found out"),
+                e,
+            )),
+        }
+    }
+
+    /// The socket at `path` that another process of ours has made. It is that one's until [`Self::own`] is called.
+    pub fn of_another(path: &Path, identity: (u64, u64)) -> Self {
+        Self {
+            path: path.to_owned(),
+            identity,
+            kept: true,
+        }
+    }
+
+    /// It is ours to remove.
+    pub fn own(&mut self) {
+        self.kept = false;
+    }
+
+    /// Do not remove it.
+    pub fn leave(&mut self) {
+        self.kept = true;
+    }
+
+    /// Its path, and device and inode.
+    pub fn identity(&self) -> (&Path, (u64, u64)) {
+        (&self.path, self.identity)
     }
 
     /// Make the socket and listen on it. What a dead process left at `path` is replaced.
@@ -140,16 +187,26 @@ impl SocketFile {
         group: Option<u32>,
     ) -> Result<(Self, Endpoint), SocketError> {
         Self::check(path)?;
-        let failed =
-            |e| SocketError::io(format!("the socket {} cannot be made", path.display()), e);
+        let failed = cannot_be_made(path);
         if path.symlink_metadata().is_ok() {
-            std::fs::remove_file(path).map_err(failed)?;
+            std::fs::remove_file(path).map_err(&failed)?;
         }
-        let listener = UnixListener::bind(path).map_err(failed)?;
+        let listener = UnixListener::bind(path).map_err(&failed)?;
         let file = Self {
             path: path.to_owned(),
             identity: identity(path).unwrap_or_default(),
+            kept: false,
         };
+        Self::permit(path, mode, group)?;
+        Ok((file, Endpoint::Listening(listener)))
+    }
+
+    /// Say who may connect.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says.
+    pub fn permit(path: &Path, mode: Option<u32>, group: Option<u32>) -> Result<(), SocketError> {
         if let Some(group) = group {
             std::os::unix::fs::chown(path, None, Some(group)).map_err(|e| {
                 SocketError::io(
@@ -163,10 +220,15 @@ impl SocketFile {
         }
         if let Some(mode) = mode {
             let permissions = std::fs::Permissions::from_mode(mode);
-            std::fs::set_permissions(path, permissions).map_err(failed)?;
+            std::fs::set_permissions(path, permissions).map_err(cannot_be_made(path))?;
         }
-        Ok((file, Endpoint::Listening(listener)))
+        Ok(())
     }
+}
+
+fn cannot_be_made(path: &Path) -> impl Fn(io::Error) -> SocketError {
+    let what = format!("the socket {} cannot be made", path.display());
+    move |e| SocketError::io(what.clone(), e)
 }
 
 fn bad_fd(number: RawFd, hint: &str) -> SocketError {
