@@ -42,11 +42,11 @@ reset_case() {
 	daemon_fine
 }
 
-# daemon_gone_case SIGNAL: the guest must survive it, QEMU says what happened in one line
+# daemon_gone_case SIGNAL: for ever; the guest must survive it, QEMU says what happened in one line
 daemon_gone_case() {
 	local signal=$1 lines
 	daemon_single "$CASE_DIR" --namespace memory,size=256M
-	nvme_device "$NVME_SOCKET"
+	nvme_device "$NVME_SOCKET" reconnect-delay=0
 	# 30 s would be the driver's own patience
 	guest_start vm --append nvme_core.io_timeout=8 -- "${DEVICE[@]}" -- ./gone.sh
 	guest_ready gone 60

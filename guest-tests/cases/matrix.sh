@@ -25,6 +25,16 @@ _doorbells_as_wanted() {
 # shellcheck disable=SC2016 # the guest's shell expands it
 _note_oacs='echo $(($(nvme id-ctrl /dev/nvme0 -o json | jq .oacs) >> 8 & 1)) >/results/oacs'
 
+# Every transfer of a guest that is more than one or two pages by SGL: verified, and the daemon has seen them.
+sgl_case() {
+	daemon_single "$CASE_DIR" --namespace memory,size=256M,block-size=512 --log-level info,vhost_user_nvme::poller=debug
+	nvme_device "$NVME_SOCKET"
+	guest_run vm --kernel "$1" --smp 2 --append nvme.sgl_threshold=1 -- "${DEVICE[@]}" -- \
+		"nvme id-ctrl /dev/nvme0 | grep -E 'sgls *: 0xff02'" ./fio-verify.sh ./dmesg-clean.sh
+	grep -aq 'a guest uses SGLs' "$DAEMON_LOG" || broken "the guest has used no SGL"
+	daemon_fine
+}
+
 for _kernel in "${GUEST_SERIES[@]}"; do
 	for _cpus in 2 1; do
 		for _kind in shadow mmio; do
@@ -37,4 +47,5 @@ for _kernel in "${GUEST_SERIES[@]}"; do
 	test_case --limit 250 "driver-$_kernel-$_a" matrix_case "$_kernel" 2 "$_a" 4096 "$_note_oacs" ./driver.sh
 	test_case --limit 250 "nvme-cli-$_kernel-$_b" matrix_case "$_kernel" 1 "$_b" 512 "$_note_oacs" ./nvme-cli.sh
 done
+test_case --limit 250 sgl-7.x sgl_case 7.x
 test_case --limit 250 driver-6.12-shadow matrix_case 6.12 2 shadow 512 "$_note_oacs" ./driver.sh

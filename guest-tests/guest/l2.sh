@@ -1,6 +1,7 @@
 #!/bin/bash
 # Runs in a guest (L1) and boots a guest of its own (L2) with KVM: /bin/qemu with the kernel and initrd in /l2. L2's console comes out
-# here, each line after "L2: "; the exit status is that of L2's test. L2's results are left in /results/l2.tar.
+# here, each line after "L2: "; the exit status is that of L2's test. L2's results are left in /results/l2.tar. A machine that was reset
+# by itself, with nothing said to be wrong before, is no test that failed: the line "DIED ..." and status 76.
 # usage: l2.sh [--seconds LIMIT] [--smp N] [--mem SIZE] [--backend QEMU-MEMORY-BACKEND] [--append TEXT] [QEMU-ARGUMENT...]
 set -euo pipefail
 
@@ -37,21 +38,29 @@ pid=$!
 tail -f $console 2>/dev/null | awk '{ print "L2: " $0; fflush() }' &
 follow=$!
 end=$((SECONDS + limit))
-while kill -0 $pid 2>/dev/null && ((SECONDS < end)); do sleep 0.3; done
-late=
+# A machine that the emulated processor refuses to enter stands still.
+refused() { grep -qE '^KVM: entry failed|^KVM internal error' /tmp/l2-qemu.log; }
+while kill -0 $pid 2>/dev/null && ((SECONDS < end)) && ! refused; do sleep 0.3; done
+late='' status=0
 if kill -0 $pid 2>/dev/null; then
-	late=1
+	refused || late=1
 	kill -KILL $pid
 fi
-wait $pid 2>/dev/null || true
+wait $pid 2>/dev/null || status=$?
 sleep 0.5
 kill $follow 2>/dev/null || true
 rc=$(sed -nE 's/^guest: exit ([0-9]+).*/\1/p' $console | tail -n 1)
 if [[ -n $late ]]; then
 	echo "FAIL l2: ended at its limit of $limit s"
 	exit 1
+elif [[ -z $rc ]] && { ((status == 0)) || refused; }; then
+	# An oops or a panic says how it died; so does a bare reset, of which only the monitor of the outer machine knew.
+	why=$(grep -aoE '(Kernel panic|BUG:|Oops:|PANIC:).*' $console | tr -d '\r' | sed -n 1p)
+	if refused; then why=$(sed -n 1p /tmp/l2-qemu.log); fi
+	echo "DIED L2 ended without a status: ${why:-reset}"
+	exit 76
 elif [[ -z $rc ]]; then
-	echo "FAIL l2: it ended without a status; its QEMU says:"
+	echo "FAIL l2: its QEMU ended with status $status and says:"
 	tail -n 10 /tmp/l2-qemu.log
 	exit 1
 elif ((rc)); then

@@ -13,7 +13,7 @@ use vhost_user_nvme::backend::{
 use vhost_user_nvme::controller::{Controller, ControllerConfig, NamespaceConfig, Placement};
 use vhost_user_nvme::driver::{Driver, Options, QueueConfig};
 use vhost_user_nvme::poller::{IdlePolicy, PollerConfig, PollerPool};
-use vhost_user_nvme::transport::vhost_user::{Server, SocketFile};
+use vhost_user_nvme::transport::{Server, SocketFile};
 
 use crate::FrontEnd;
 use crate::raw::Guest;
@@ -54,6 +54,7 @@ impl Disk {
             read_only: false,
             direct: false,
             iopoll: IoPoll::Auto,
+            after: Default::default(),
         }))
     }
 
@@ -99,6 +100,8 @@ pub struct Plan {
     pub max_transfer: u32,
     /// Offer Doorbell Buffer Config.
     pub doorbell_buffer: bool,
+    /// Offer SGLs.
+    pub sgls: bool,
     /// CAP.DSTRD.
     pub doorbell_stride: u8,
     /// Which pollers serve its queues.
@@ -120,6 +123,7 @@ impl Plan {
             max_queue_entries: 1024,
             max_transfer: 1 << 20,
             doorbell_buffer: true,
+            sgls: true,
             doorbell_stride: 0,
             placement: Placement::default(),
         }
@@ -198,15 +202,23 @@ impl TestDaemon {
             max_queue_entries: plan.max_queue_entries,
             max_transfer: plan.max_transfer,
             doorbell_buffer: plan.doorbell_buffer,
+            sgls: plan.sgls,
             doorbell_stride: plan.doorbell_stride,
             pci_ids: [0x1b36, 0x0010, 0x1af4, 0x1100],
             placement: plan.placement,
+            keep: Arc::new(vhost_user_nvme::state::Keep::nowhere()),
         };
         let controller = Controller::new(config, &self._pollers).expect("a controller");
         let path = self.dir.path().join(format!("{index}.sock"));
         let (file, endpoint) = SocketFile::listen(&path, None, None).expect("a socket");
-        let server =
-            Server::start(endpoint, Some(file), Arc::clone(&controller), || {}).expect("a server");
+        let server = Server::start(
+            crate::transport(),
+            endpoint,
+            Some(file),
+            Arc::clone(&controller),
+            || {},
+        )
+        .expect("a server");
         self.servers.push(server);
         self.controllers.push(controller);
         self.sockets.push(path);

@@ -1,29 +1,31 @@
-//! The VMM's side of a socket, as `docs/VHOST_USER.md` describes it, and the device a driver sees through it.
+//! The VMM's side of a socket, vhost-user as `docs/VHOST_USER.md` describes it or vfio-user, and the device a driver sees through it.
 
 use std::fs::File;
-use std::io::{self, Write as _};
+use std::io;
 use std::ops::Deref;
-use std::os::fd::AsRawFd;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::atomic::{Ordering, compiler_fence, fence};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
 use nvme_spec::doorbell::DoorbellStride;
 use nvme_spec::regs::{Cap, offset};
-use vhost::vhost_user::message::{
-    VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures as P,
-};
+use vhost::VhostBackend;
+use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserProtocolFeatures as P};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
-use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
-use vhost_user_nvme::driver::{Device, Dma, Doorbell};
+use vhost_user_nvme::driver::dma::Mapping;
+use vhost_user_nvme::driver::{Access, Device, Dma};
 use vhost_user_nvme::memory::{GuestMap, SharedWord};
+use vhost_user_nvme::transport::Transport;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+pub use crate::bell::GuestBell;
 use crate::fence::borrow;
-use crate::handler::{Channel, Doorbells};
+use crate::handler::Doorbells;
 use crate::memory::{GuestMemory, MemoryRegion};
+use crate::session::{self, Connection, Session};
+use crate::vfio::{self, Client, ClientError};
 
 /// First byte of the front-end page.
 pub const PAGE: u32 = 0xF00;
@@ -31,6 +33,10 @@ pub const PAGE: u32 = 0xF00;
 pub const MAGIC: u32 = 0x454D_564E;
 /// Where the instance id is written.
 pub const INSTANCE: u32 = 0xF20;
+/// Where it is said that everything has been sent.
+pub const GO: u32 = 0xF30;
+/// Where the daemon says what it has kept for the instance.
+pub const KEPT: u32 = 0xF34;
 
 /// Virtio features a front-end acknowledges: protocol features, version 1.
 pub const FEATURES: u64 = 1 << 30 | 1 << 32;
@@ -56,6 +62,14 @@ pub enum FrontEndError {
         /// The cause.
         source: vhost::Error,
     },
+    /// A message of vfio-user failed.
+    #[error("{what}: {source}")]
+    Client {
+        /// Which.
+        what: &'static str,
+        /// The cause.
+        source: ClientError,
+    },
     /// What the operating system says.
     #[error(transparent)]
     Io(#[from] io::Error),
@@ -64,8 +78,37 @@ pub enum FrontEndError {
     Wrong(String),
 }
 
-fn message<T>(what: &'static str, result: Result<T, vhost::Error>) -> Result<T, FrontEndError> {
+pub(crate) fn message<T>(
+    what: &'static str,
+    result: Result<T, vhost::Error>,
+) -> Result<T, FrontEndError> {
     result.map_err(|source| FrontEndError::Message { what, source })
+}
+
+fn client<T>(what: &'static str, result: Result<T, ClientError>) -> Result<T, FrontEndError> {
+    result.map_err(|source| FrontEndError::Client { what, source })
+}
+
+/// What front-ends and daemons under test speak: what `VIRTUAL_GUEST_TRANSPORT` says; without it, vfio-user in a test program whose
+/// name begins so, and else vhost-user.
+pub fn transport() -> Transport {
+    static CHOSEN: OnceLock<Transport> = OnceLock::new();
+    *CHOSEN.get_or_init(|| {
+        let said = std::env::var("VIRTUAL_GUEST_TRANSPORT").ok();
+        let program = std::env::current_exe().ok();
+        let name = program.as_deref().and_then(Path::file_name);
+        match said.as_deref() {
+            Some("vfio-user") => Transport::VfioUser,
+            Some("vhost-user") => Transport::VhostUser,
+            Some(other) => {
+                panic!("VIRTUAL_GUEST_TRANSPORT={other} is neither vhost-user nor vfio-user")
+            }
+            None if name.is_some_and(|n| n.to_string_lossy().starts_with("vfio_user")) => {
+                Transport::VfioUser
+            }
+            None => Transport::VhostUser,
+        }
+    })
 }
 
 /// What a front-end starts with.
@@ -100,16 +143,20 @@ impl Deref for FrontEnd {
 
 /// What a [`FrontEnd`] is a handle to.
 pub struct Link {
-    socket: Frontend,
-    doorbells: Arc<Doorbells>,
-    window: Arc<GuestMap>,
+    wire: Wire,
+    pub(crate) doorbells: Arc<Doorbells>,
     window_bytes: u32,
     pci_ids: [u16; 4],
     stride: DoorbellStride,
-    calls: Vec<EventFd>,
-    kicks: RwLock<Vec<Arc<EventFd>>>,
+    pub(crate) calls: Vec<EventFd>,
+    pub(crate) kicks: RwLock<Vec<Arc<EventFd>>>,
     memory: GuestMemory,
-    _back: Channel,
+}
+
+/// What the daemon is spoken to with.
+enum Wire {
+    VhostUser(Session),
+    VfioUser(Client, Arc<GuestMap>),
 }
 
 impl FrontEnd {
@@ -122,7 +169,7 @@ impl FrontEnd {
         Self::connect_with(path, &Setup::default())
     }
 
-    /// Connect and go through the whole sequence of `docs/VHOST_USER.md`.
+    /// Connect and go through the whole sequence of the [`transport`].
     ///
     /// # Errors
     ///
@@ -137,71 +184,97 @@ impl FrontEnd {
     ///
     /// [`FrontEndError`] names the step.
     pub fn over(stream: UnixStream, setup: &Setup) -> Result<Self, FrontEndError> {
-        let mut socket = Frontend::from_stream(stream, 64);
-        let features = message("GET_FEATURES", socket.get_features())?;
-        if features & FEATURES != FEATURES {
-            return Err(FrontEndError::Wrong(format!("features {features:#x}")));
+        let link = match transport() {
+            Transport::VhostUser => Self::vhost_user(stream, setup)?,
+            Transport::VfioUser => Self::vfio_user(stream)?,
+        };
+        for (gpa, len) in &setup.memory {
+            link.add_memory(*gpa, *len)?;
         }
-        let offered = message("GET_PROTOCOL_FEATURES", socket.get_protocol_features())?;
-        if !offered.contains(NEEDED) {
-            return Err(FrontEndError::Wrong(format!(
-                "protocol features {offered:?}"
-            )));
-        }
-        message(
-            "SET_PROTOCOL_FEATURES",
-            socket.set_protocol_features(NEEDED),
-        )?;
-        // Every message is acknowledged from here on: an error is noticed where it happens.
-        socket.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
-        message("SET_OWNER", socket.set_owner())?;
-        message("SET_FEATURES", socket.set_features(FEATURES))?;
-        let queues = message("GET_QUEUE_NUM", socket.get_queue_num())?;
-        let shmem = message("GET_SHMEM_CONFIG", socket.get_shmem_config())?;
+        link.set_vrings()?;
+        link.go()?;
+        Ok(Self(Arc::new(link)))
+    }
 
-        let mut page = [0; 0x20];
-        read_config(&mut socket, PAGE, &mut page)?;
-        let half = |at: usize| u16::from_le_bytes([page[at], page[at + 1]]);
-        let word = |at: usize| u32::from(half(at)) | u32::from(half(at + 2)) << 16;
-        let window_bytes = word(8);
-        let sizes = [shmem.memory_sizes[0], shmem.memory_sizes[1]];
-        if word(0) != MAGIC
-            || word(4) != 1
-            || window_bytes == 0
-            || !window_bytes.is_multiple_of(4096)
-            || u64::from(half(0xC)) != queues
-            || shmem.nregions != 2
-            || sizes != [u64::from(window_bytes); 2]
+    /// As [`Self::connect_with`], by vhost-user, and again whenever the daemon goes: the driver on it notices nothing but that time
+    /// passes. A daemon that does not come back within `patience` is an error for all that is asked of it then.
+    ///
+    /// # Errors
+    ///
+    /// [`FrontEndError`] names the step.
+    ///
+    /// # Panics
+    ///
+    /// This is vfio-user.
+    pub fn surviving(
+        path: &Path,
+        setup: &Setup,
+        patience: Duration,
+    ) -> Result<Self, FrontEndError> {
+        let front = Self::connect_with(path, setup)?;
+        session::survive(&front.0, path, patience)?;
+        Ok(front)
+    }
+
+    fn vfio_user(stream: UnixStream) -> Result<Link, FrontEndError> {
+        let wire = Client::new(stream);
+        client("VERSION", wire.version())?;
+        let info = vfio::words(&[16, 0, 0, 0]);
+        let info = client("DEVICE_GET_INFO", wire.request(vfio::GET_INFO, &info, &[]))?;
+        let bar = client("DEVICE_GET_REGION_INFO", wire.region(vfio::BAR0))?;
+        let irqs = vfio::words(&[16, 0, 2, 0]);
+        let irqs = wire.request(vfio::GET_IRQ_INFO, &irqs, &[]);
+        let count = client("DEVICE_GET_IRQ_INFO", irqs)?.word(12);
+        // Number of areas; where the only one begins, and its size.
+        let (areas, area, len) = (bar.word(40), bar.long(48), bar.long(56));
+        let flags = (info.word(4), bar.word(4));
+        if (info.word(8), info.word(12)) != (9, 5)
+            || flags != (3, 0xF)
+            || (areas, area) != (1, 0x1000)
+            || bar.files.len() != 1
+            || !len.is_multiple_of(4096)
+            || bar.long(16) < 0x4000
         {
-            return Err(FrontEndError::Wrong(format!(
-                "front-end page {page:x?}, {queues} vrings, shared memory {sizes:x?}"
-            )));
+            return Err(FrontEndError::Wrong(format!("{info:x?}, {bar:x?}")));
         }
-        let pci_ids = [0x10, 0x12, 0x14, 0x16].map(half);
-        message(
-            "SET_CONFIG of the instance",
-            socket.set_config(INSTANCE, VhostUserConfigFlags::WRITABLE, &setup.instance),
-        )?;
-        let doorbells = Arc::new(Doorbells::default());
-        let back = Channel::serve(Arc::clone(&doorbells), |theirs| {
-            message("SET_BACKEND_REQ_FD", socket.set_backend_request_fd(theirs))
-        })?;
-        let window = doorbells
-            .window(Duration::from_secs(5))
-            .ok_or_else(|| FrontEndError::Wrong("it never mapped the doorbell window".into()))?;
-
+        let bytes = usize::try_from(len).map_err(io::Error::other)?;
+        let region = Mapping::map(&bar.files[0], bar.long(24) + area, bytes, 0)?;
+        let window = GuestMap::new(vec![region]).map_err(io::Error::other)?;
+        let half = |at: u64| {
+            let mut out = [0; 2];
+            let read = wire.read(vfio::CONFIG, at, &mut out);
+            client("REGION_READ", read).map(|()| u16::from_le_bytes(out))
+        };
+        let pci_ids = [half(0)?, half(2)?, half(0x2C)?, half(0x2E)?];
         let mut cap = [0; 8];
-        read_config(&mut socket, offset::CAP, &mut cap)?;
-        let cap = Cap::from_bits(u64::from_le_bytes(cap));
-        let eventfd = || EventFd::new(EFD_NONBLOCK);
-        let count = usize::try_from(queues).unwrap_or(0);
-        let front = Link {
-            socket,
+        let read = wire.read(vfio::BAR0, offset::CAP.into(), &mut cap);
+        client("REGION_READ", read)?;
+        let doorbells = Arc::new(Doorbells::default());
+        doorbells.are_mapped();
+        Ok(Link {
             doorbells,
-            window,
-            window_bytes,
+            window_bytes: bytes as u32,
             pci_ids,
-            stride: DoorbellStride::new(cap.dstrd()),
+            stride: DoorbellStride::new(Cap::from_bits(u64::from_le_bytes(cap)).dstrd()),
+            calls: (0..count)
+                .map(|_| EventFd::new(EFD_NONBLOCK))
+                .collect::<Result<_, _>>()?,
+            kicks: RwLock::default(),
+            memory: GuestMemory::default(),
+            wire: Wire::VfioUser(wire, window),
+        })
+    }
+
+    fn vhost_user(stream: UnixStream, setup: &Setup) -> Result<Link, FrontEndError> {
+        let doorbells = Arc::new(Doorbells::default());
+        let (connection, shape) = Connection::open(stream, setup.instance, &doorbells)?;
+        let eventfd = || EventFd::new(EFD_NONBLOCK);
+        let count = usize::from(shape.queues);
+        Ok(Link {
+            doorbells,
+            window_bytes: shape.window_bytes,
+            pci_ids: shape.pci_ids,
+            stride: shape.stride,
             calls: (0..count).map(|_| eventfd()).collect::<Result<_, _>>()?,
             kicks: RwLock::new(
                 (0..count)
@@ -209,38 +282,68 @@ impl FrontEnd {
                     .collect::<Result<_, _>>()?,
             ),
             memory: GuestMemory::default(),
-            _back: back,
-        };
-        for (gpa, len) in &setup.memory {
-            front.add_memory(*gpa, *len)?;
-        }
-        front.set_vrings()?;
-        Ok(Self(Arc::new(front)))
+            wire: Wire::VhostUser(Session::new(connection, shape, setup.instance)),
+        })
     }
 }
 
 impl Link {
     fn set_vrings(&self) -> Result<(), FrontEndError> {
-        let kicks = self.kicks.read().unwrap_or_else(PoisonError::into_inner);
-        for (i, (call, kick)) in self.calls.iter().zip(kicks.iter()).enumerate() {
-            message("SET_VRING_CALL", self.socket.set_vring_call(i, call))?;
-            message("SET_VRING_KICK", self.socket.set_vring_kick(i, kick))?;
+        match &self.wire {
+            Wire::VhostUser(session) => session::send_vrings(&session.socket()?, self),
+            Wire::VfioUser(wire, _) => {
+                let calls: Vec<_> = self.calls.iter().map(|call| borrow(call)).collect();
+                let calls: Vec<_> = calls.iter().map(|call| call.as_fd()).collect();
+                client("DEVICE_SET_IRQS", wire.set_eventfds(2, &calls))
+            }
         }
-        drop(kicks);
-        self.enable_vrings()
     }
 
-    fn enable_vrings(&self) -> Result<(), FrontEndError> {
-        for i in 0..self.calls.len() {
-            let mut socket = self.socket.clone();
-            message("SET_VRING_ENABLE", socket.set_vring_enable(i, true))?;
+    fn go(&self) -> Result<(), FrontEndError> {
+        match &self.wire {
+            Wire::VhostUser(session) => session.go(&mut session.socket()?),
+            Wire::VfioUser(..) => Ok(()),
         }
-        Ok(())
     }
 
-    /// The socket, for messages out of the ordinary.
+    /// The session of vhost-user.
+    ///
+    /// # Panics
+    ///
+    /// This is vfio-user.
+    pub fn session(&self) -> &Session {
+        match &self.wire {
+            Wire::VhostUser(session) => session,
+            Wire::VfioUser(..) => panic!("a session of vhost-user on a socket of vfio-user"),
+        }
+    }
+
+    fn window(&self) -> Arc<GuestMap> {
+        match &self.wire {
+            Wire::VhostUser(session) => session.window(),
+            Wire::VfioUser(_, window) => Arc::clone(window),
+        }
+    }
+
+    /// The socket of vhost-user, for messages out of the ordinary.
+    ///
+    /// # Panics
+    ///
+    /// This is vfio-user.
     pub fn socket(&self) -> Frontend {
-        self.socket.clone()
+        self.session().socket().expect("a connection")
+    }
+
+    /// The client of vfio-user, for messages out of the ordinary.
+    ///
+    /// # Panics
+    ///
+    /// This is vhost-user.
+    pub fn client(&self) -> &Client {
+        match &self.wire {
+            Wire::VfioUser(client, _) => client,
+            Wire::VhostUser(_) => panic!("a message of vfio-user on a socket of vhost-user"),
+        }
     }
 
     /// Vectors and queue pairs, admin included.
@@ -301,10 +404,7 @@ impl Link {
         &self,
         region: Arc<MemoryRegion>,
     ) -> Result<Arc<MemoryRegion>, FrontEndError> {
-        message(
-            "ADD_MEM_REG",
-            self.socket.clone().add_mem_region(&info(&region)),
-        )?;
+        self.map_file(region.gpa, region.len, 0, &region.file)?;
         self.memory.add(Arc::clone(&region));
         Ok(region)
     }
@@ -319,21 +419,73 @@ impl Link {
             .memory
             .remove(gpa)
             .ok_or_else(|| FrontEndError::Wrong(format!("no region at {gpa:#x}")))?;
-        message(
-            "REM_MEM_REG",
-            self.socket.clone().remove_mem_region(&info(&region)),
-        )?;
+        self.unmap(region.gpa, region.len)?;
         Ok(region)
     }
 
-    /// Replace the whole table by what there is now (`SET_MEM_TABLE`).
+    /// Show the daemon `len` bytes of a file from `offset` on, and nobody else.
+    ///
+    /// # Errors
+    ///
+    /// The daemon refused it.
+    pub fn map_file(
+        &self,
+        gpa: u64,
+        len: u64,
+        offset: u64,
+        file: &File,
+    ) -> Result<(), FrontEndError> {
+        match &self.wire {
+            Wire::VhostUser(session) => session.ask("ADD_MEM_REG", |socket| {
+                session::add_memory(socket, gpa, len, offset, file)
+            }),
+            Wire::VfioUser(wire, _) => {
+                let body = vfio::map_body(vfio::READ_WRITE, offset, gpa, len);
+                let mapped = wire.request(vfio::DMA_MAP, &body, &[file.as_fd()]);
+                client("DMA_MAP", mapped).map(|_| ())
+            }
+        }
+    }
+
+    /// Take memory away from the daemon, whether it is there or not.
+    ///
+    /// # Errors
+    ///
+    /// The daemon refused it.
+    pub fn unmap(&self, gpa: u64, len: u64) -> Result<(), FrontEndError> {
+        match &self.wire {
+            Wire::VhostUser(session) => session.ask("REM_MEM_REG", |socket| {
+                socket.remove_mem_region(&session::info(gpa, len, 0, -1))
+            }),
+            Wire::VfioUser(wire, _) => client("DMA_UNMAP", wire.unmap(gpa, len)),
+        }
+    }
+
+    /// Replace the whole table by what there is now: `SET_MEM_TABLE`, or all taken away and given back in halves, without a wait in
+    /// between.
     ///
     /// # Errors
     ///
     /// The daemon refused it.
     pub fn set_memory_table(&self) -> Result<(), FrontEndError> {
-        let infos: Vec<_> = self.memory.regions().iter().map(|r| info(r)).collect();
-        message("SET_MEM_TABLE", self.socket.set_mem_table(&infos)).map(|_| ())
+        let regions = self.memory.regions();
+        match &self.wire {
+            Wire::VhostUser(session) => session.ask("SET_MEM_TABLE", |socket| {
+                session::set_memory(socket, &regions)
+            }),
+            Wire::VfioUser(wire, _) => {
+                let away = vfio::unmap_body(0, 0, u64::MAX);
+                let mut requests = vec![(vfio::DMA_UNMAP, away, None)];
+                for r in &regions {
+                    let half = r.len / 2;
+                    for offset in [0, half] {
+                        let body = vfio::map_body(vfio::READ_WRITE, offset, r.gpa + offset, half);
+                        requests.push((vfio::DMA_MAP, body, Some(r.file.as_fd())));
+                    }
+                }
+                client("DMA_MAP", wire.burst(&requests))
+            }
+        }
     }
 
     /// Function level reset or system reset.
@@ -342,9 +494,17 @@ impl Link {
     ///
     /// The daemon refused it.
     pub fn reset_device(&self) -> Result<(), FrontEndError> {
-        message("RESET_DEVICE", self.socket.clone().reset_device())?;
-        message("SET_FEATURES", self.socket.set_features(FEATURES))?;
-        self.enable_vrings()
+        match &self.wire {
+            Wire::VhostUser(session) => {
+                session.ask("RESET_DEVICE", |socket| socket.reset_device())?;
+                session.is_used(false);
+                session.ask("SET_FEATURES", |socket| socket.set_features(FEATURES))?;
+                session::enable_vrings(&session.socket()?, self)
+            }
+            Wire::VfioUser(wire, _) => {
+                client("DEVICE_RESET", wire.request(vfio::RESET, &[], &[])).map(|_| ())
+            }
+        }
     }
 
     /// Read registers.
@@ -353,7 +513,14 @@ impl Link {
     ///
     /// The connection is gone.
     pub fn read(&self, offset: u32, out: &mut [u8]) -> Result<(), FrontEndError> {
-        read_config(&mut self.socket.clone(), offset, out)
+        match &self.wire {
+            Wire::VhostUser(session) => session.ask("GET_CONFIG", |socket| {
+                session::read_config(socket, offset, out)
+            }),
+            Wire::VfioUser(wire, _) => {
+                client("REGION_READ", wire.read(vfio::BAR0, offset.into(), out))
+            }
+        }
     }
 
     /// Write registers.
@@ -362,12 +529,19 @@ impl Link {
     ///
     /// The connection is gone.
     pub fn write(&self, offset: u32, bytes: &[u8]) -> Result<(), FrontEndError> {
-        message(
-            "SET_CONFIG",
-            self.socket
-                .clone()
-                .set_config(offset, VhostUserConfigFlags::WRITABLE, bytes),
-        )
+        match &self.wire {
+            Wire::VhostUser(session) => {
+                // What is asked again after the daemon came back may have been done before: that does no harm.
+                session.is_used(true);
+                session.ask("SET_CONFIG", |socket| {
+                    socket.set_config(offset, VhostUserConfigFlags::WRITABLE, bytes)
+                })
+            }
+            Wire::VfioUser(wire, _) => {
+                let written = wire.write(vfio::BAR0, offset.into(), bytes);
+                client("REGION_WRITE", written)
+            }
+        }
     }
 
     /// The call eventfd of a vector, for a thread of its own.
@@ -384,7 +558,7 @@ impl Link {
 
     /// A doorbell by its byte offset in the window. Any aligned offset inside the window is one, as for a guest.
     pub fn bell(&self, offset: u64) -> Option<GuestBell> {
-        let word = SharedWord::in_guest(&self.window, offset)?;
+        let word = SharedWord::in_guest(&self.window(), offset)?;
         let queue = usize::try_from(offset / (u64::from(self.stride.bytes()) * 2)).ok()?;
         let kicks = self.kicks.read().unwrap_or_else(PoisonError::into_inner);
         let kick = match kicks.get(queue) {
@@ -396,80 +570,6 @@ impl Link {
             kick,
             doorbells: Arc::clone(&self.doorbells),
         })
-    }
-}
-
-fn info(region: &MemoryRegion) -> VhostUserMemoryRegionInfo {
-    VhostUserMemoryRegionInfo {
-        guest_phys_addr: region.gpa,
-        memory_size: region.len,
-        userspace_addr: region.user_addr(),
-        mmap_offset: 0,
-        mmap_handle: region.file.as_raw_fd(),
-    }
-}
-
-fn read_config(socket: &mut Frontend, offset: u32, out: &mut [u8]) -> Result<(), FrontEndError> {
-    let size = out.len() as u32;
-    let (_, payload) = message(
-        "GET_CONFIG",
-        socket.get_config(offset, size, VhostUserConfigFlags::WRITABLE, out),
-    )?;
-    out.copy_from_slice(&payload);
-    Ok(())
-}
-
-/// A doorbell as the guest sees it: a store, and an exit with a kick when it is trapped.
-pub struct GuestBell {
-    word: SharedWord,
-    kick: Option<File>,
-    doorbells: Arc<Doorbells>,
-}
-
-impl GuestBell {
-    /// What the window holds.
-    pub fn value(&self) -> u32 {
-        self.word.load()
-    }
-
-    /// Store without a kick, whatever the mode.
-    pub fn store(&self, value: u32) {
-        self.word.store(value);
-    }
-
-    /// Kick without a store.
-    pub fn kick(&self) {
-        if let Some(mut kick) = self.kick.as_ref() {
-            // It is full only if it is signalled already.
-            let _ = kick.write(&1u64.to_ne_bytes());
-        }
-    }
-}
-
-impl GuestBell {
-    /// As [`Doorbell::ring`], as cheap as a guest does it: with mapped doorbells one plain store. The fence that is missing is made by
-    /// whoever unmaps them, where the kernel lets it (`membarrier`).
-    #[inline]
-    pub fn ring_plainly(&self, value: u32) {
-        self.word.store(value);
-        compiler_fence(Ordering::SeqCst);
-        if !self.doorbells.mapped_for_plain_rings() {
-            fence(Ordering::SeqCst);
-            if !self.doorbells.mapped() {
-                self.kick();
-            }
-        }
-    }
-}
-
-impl Doorbell for GuestBell {
-    #[inline]
-    fn ring(&self, value: u32) {
-        self.word.store(value);
-        fence(Ordering::SeqCst);
-        if !self.doorbells.mapped() {
-            self.kick();
-        }
     }
 }
 
@@ -505,7 +605,7 @@ impl Device for FrontEnd {
             .ok_or_else(|| io::Error::other(format!("no doorbell at {offset:#x}")))
     }
 
-    fn allocate(&mut self, bytes: usize) -> io::Result<Dma> {
+    fn allocate(&mut self, bytes: usize, _: Access) -> io::Result<Dma> {
         self.memory.allocate(bytes)
     }
 

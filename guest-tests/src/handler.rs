@@ -50,6 +50,12 @@ impl Doorbells {
         self.switches.load(Ordering::Relaxed)
     }
 
+    /// They are, from the beginning and for good.
+    pub(crate) fn are_mapped(&self) {
+        self.mapped.store(true, Ordering::Relaxed);
+        self.mapped_plainly.store(true, Ordering::Relaxed);
+    }
+
     pub(crate) fn refuse(&self, on: bool) {
         self.refuse.store(on, Ordering::Relaxed);
     }
@@ -67,6 +73,18 @@ impl Doorbells {
                 .0;
         }
         window.clone()
+    }
+
+    /// A connection begins: it brings the window of its own.
+    pub(crate) fn forget_window(&self) {
+        *self.window.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// The connection is gone: doorbells are trapped until the next one maps them.
+    pub(crate) fn take_back(&self) {
+        if self.mapped() {
+            self.set_mapped(false);
+        }
     }
 
     fn set_mapped(&self, mapped: bool) {

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use nvme_spec::nvm::{DatasetManagement, DsmRange, Flush, ReadWrite};
 use nvme_spec::opcode::NvmOpcode;
+use nvme_spec::sgl::Descriptor;
 use nvme_spec::{Cqe, Sqe, Status};
 use vhost_user_nvme::driver::{Completion, Dma, QueueConfig, QueuePair};
 use zerocopy::IntoBytes as _;
@@ -67,6 +68,8 @@ pub struct Io {
     pub nsid: u32,
     /// Bytes of a block.
     pub block: u32,
+    /// The controller takes SGLs.
+    pub sgls: bool,
 }
 
 impl Io {
@@ -74,6 +77,12 @@ impl Io {
     pub fn new(guest: &mut Guest, config: QueueConfig, nsid: u32) -> Self {
         let pair = guest.create_queue_pair(config).expect("a queue pair");
         let ns = guest.identify_namespace(nsid).expect("a namespace");
+        let sgls = guest
+            .identify_controller()
+            .expect("a controller")
+            .sgls
+            .supported()
+            != 0;
         let shift = ns.current_format().expect("a format").lbads;
         let bytes = pair.max_transfer() as usize;
         let data = guest
@@ -86,6 +95,7 @@ impl Io {
             data,
             nsid,
             block: 1 << shift,
+            sgls,
         }
     }
 
@@ -153,4 +163,28 @@ impl Io {
         let (addr, len) = (self.data.addr(), command.data_len());
         exec_data(&mut self.pair, command.to_sqe(0, 0), addr, len).status()
     }
+}
+
+/// Write an SGL for these pieces of memory (address and length) into `lists`, from byte `at` on, `most` descriptors to a segment: the
+/// descriptor for the command. One piece needs no list.
+pub fn sgl(lists: &Dma, at: usize, pieces: &[(u64, u32)], most: usize) -> Descriptor {
+    if let [(addr, len)] = *pieces {
+        return Descriptor::data(addr, len);
+    }
+    let (mut at, mut end) = (at, None);
+    // From the end: each segment is told where the next lies.
+    for piece in pieces.chunks(most).rev() {
+        let mut segment: Vec<Descriptor> =
+            piece.iter().map(|&(a, n)| Descriptor::data(a, n)).collect();
+        let last = end.is_none();
+        segment.extend(end);
+        lists.write(at, segment.as_bytes());
+        let (addr, count) = (lists.addr() + at as u64, segment.len() as u32);
+        end = Some(match last {
+            true => Descriptor::last_segment(addr, count),
+            false => Descriptor::segment(addr, count),
+        });
+        at += segment.len() * 16;
+    }
+    end.expect("a piece")
 }

@@ -57,11 +57,6 @@ impl MemoryRegion {
     pub fn map(&self) -> &Arc<GuestMap> {
         self.pool.map()
     }
-
-    /// Its address where this process would have mapped it: what a front-end names as user address. Ours are identities.
-    pub fn user_addr(&self) -> u64 {
-        0x7000_0000_0000 + self.gpa
-    }
 }
 
 /// All regions.

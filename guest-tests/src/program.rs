@@ -7,12 +7,14 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
+use vhost_user_nvme::transport::Transport;
 
 use crate::FrontEnd;
+use crate::frontend::Setup;
 
 /// The binary: named by `VHOST_USER_NVME_BIN`, or built now (which is quick if it is built), with the profile and into the
 /// directory this test was built with.
-fn binary() -> &'static Path {
+pub(crate) fn binary() -> &'static Path {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
     BINARY.get_or_init(|| {
         if let Some(path) = std::env::var_os("VHOST_USER_NVME_BIN") {
@@ -56,6 +58,10 @@ impl Program {
         let dir = TempDir::new().expect("a temporary directory");
         let socket = dir.path().join("nvme.sock");
         let child = Command::new(binary())
+            .args(match crate::transport() {
+                Transport::VhostUser => ["--transport", "vhost-user"],
+                Transport::VfioUser => ["--transport", "vfio-user"],
+            })
             .arg("--socket-path")
             .arg(&socket)
             .args(arguments)
@@ -74,6 +80,21 @@ impl Program {
             std::thread::sleep(Duration::from_millis(2));
         }
         program
+    }
+
+    /// One that can be killed and started again, with what survives it and its log in a directory on tmpfs. `{dir}` in an argument is
+    /// that directory.
+    pub fn surviving(arguments: &[&str]) -> Surviving {
+        let dir = TempDir::new_in("/dev/shm").expect("a temporary directory on tmpfs");
+        let mut daemon = Surviving {
+            child: None,
+            socket: dir.path().join("nvme.sock"),
+            arguments: Vec::new(),
+            dir,
+        };
+        daemon.configure(arguments);
+        daemon.start();
+        daemon
     }
 
     /// Where it listens.
@@ -146,5 +167,126 @@ impl Drop for Program {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+/// A daemon that is killed and started again.
+pub struct Surviving {
+    child: Option<Child>,
+    socket: PathBuf,
+    arguments: Vec<String>,
+    dir: TempDir,
+}
+
+impl Surviving {
+    /// What it is started with from the next time on. `{dir}` is its directory.
+    pub fn configure(&mut self, arguments: &[&str]) {
+        let dir = self.dir.path().to_string_lossy();
+        self.arguments = arguments.iter().map(|a| a.replace("{dir}", &dir)).collect();
+    }
+
+    /// Start it, and do not wait for it.
+    pub fn start(&mut self) {
+        let log = std::fs::File::options()
+            .create(true)
+            .append(true)
+            .open(self.dir.path().join("log"))
+            .expect("a log");
+        let child = Command::new(binary())
+            .arg("--state-dir")
+            .arg(self.dir.path().join("state"))
+            .arg("--socket-path")
+            .arg(&self.socket)
+            .args(&self.arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .expect("the daemon");
+        self.child = Some(child);
+    }
+
+    /// SIGKILL, at any instruction. It is gone when this returns.
+    ///
+    /// # Panics
+    ///
+    /// It had ended by itself; the message has the end of its log.
+    pub fn kill(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            if let Some(status) = child.try_wait().expect("a child") {
+                panic!("the daemon ended by itself: {status}; {}", self.log());
+            }
+            child.kill().expect("our own child");
+            child.wait().expect("a child");
+        }
+    }
+
+    /// SIGTERM, and wait for its end.
+    ///
+    /// # Panics
+    ///
+    /// It does not end, or with a failure.
+    pub fn stop(&mut self) {
+        let Some(mut child) = self.child.take() else {
+            return;
+        };
+        let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
+        kill_process(pid.expect("a process id"), Signal::TERM).expect("our own child");
+        let start = Instant::now();
+        loop {
+            match child.try_wait().expect("a child") {
+                Some(status) if status.success() => return,
+                Some(status) => panic!("it ended with {status}; {}", self.log()),
+                None if start.elapsed() > Duration::from_secs(30) => {
+                    let _ = child.kill();
+                    panic!("it does not end; {}", self.log());
+                }
+                None => std::thread::sleep(Duration::from_millis(2)),
+            }
+        }
+    }
+
+    /// Where it listens.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// A place for files.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// The end of what it said.
+    pub fn log(&self) -> String {
+        let text = std::fs::read(self.dir.path().join("log")).unwrap_or_default();
+        let from = text.len().saturating_sub(4000);
+        String::from_utf8_lossy(&text[from..]).into_owned()
+    }
+
+    /// A front-end that survives it.
+    ///
+    /// # Panics
+    ///
+    /// It does not listen within ten seconds.
+    pub fn connect(&self, setup: &Setup) -> FrontEnd {
+        let start = Instant::now();
+        loop {
+            match FrontEnd::surviving(&self.socket, setup, Duration::from_secs(60)) {
+                Ok(front) => return front,
+                Err(e) if start.elapsed() > Duration::from_secs(10) => {
+                    panic!("{e}; {}", self.log())
+                }
+                Err(_) => std::thread::sleep(Duration::from_millis(2)),
+            }
+        }
+    }
+}
+
+impl Drop for Surviving {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.child {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
     }
 }

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use guest_tests::daemon::{Disk, Plan, TestDaemon, pollers, queue};
-use guest_tests::io::{Io, LIMIT};
+use guest_tests::io::{self, Io, LIMIT};
 use guest_tests::rng::Rng;
 use nvme_spec::Status;
 use nvme_spec::nvm::ReadWrite;
@@ -95,14 +95,21 @@ pub(crate) fn work(io: &mut Io, base: u64, blocks: u64, seed: u64, time: Duratio
             } else {
                 n * block
             };
-            io.pair
-                .submit_data(
-                    sqe,
-                    io.data.addr() + at + offset,
-                    len as u32,
-                    slot << 32 | offset,
-                )
-                .unwrap();
+            let (addr, user) = (io.data.addr() + at + offset, slot << 32 | offset);
+            if io.sgls && len > 0 && rng.one_in(3) {
+                // Behind the data, a page for each slot. Lists that go through memory in order, cut anywhere.
+                let lists = 24 * (each + 512) + slot * 4096;
+                let cut = 4 * (1 + rng.below(len / 4)) as u32;
+                let mut pieces = vec![(addr, cut)];
+                if u64::from(cut) < len {
+                    pieces.push((addr + u64::from(cut), len as u32 - cut));
+                }
+                let most = 1 + rng.below(2) as usize;
+                let first = io::sgl(&io.data, lists as usize, &pieces, most);
+                io.pair.submit(first.put(sqe), user).unwrap();
+            } else {
+                io.pair.submit_data(sqe, addr, len as u32, user).unwrap();
+            }
             busy[range].fill(true);
             out[slot as usize] = Some(Out {
                 opcode,

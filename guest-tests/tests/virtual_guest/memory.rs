@@ -282,9 +282,6 @@ fn nothing_is_written_to_old_pages_after_a_reset() {
 
 #[test]
 fn memory_that_cannot_be_is_refused_and_the_next_front_end_is_served() {
-    use std::os::fd::AsRawFd as _;
-    use vhost::VhostUserMemoryRegionInfo;
-    use vhost::vhost_user::VhostUserFrontend as _;
     let plans = (0..2).map(|_| Plan::of(Disk::memory(9, 64))).collect();
     let daemon = TestDaemon::start(plans, &pollers(1, IdlePolicy::Adaptive));
     let mut healthy = bring_up(FrontEnd::connect(daemon.socket(0)).unwrap());
@@ -300,28 +297,14 @@ fn memory_that_cannot_be_is_refused_and_the_next_front_end_is_served() {
         ("huge", HOT, 1 << 62, 0),
     ] {
         let front = FrontEnd::connect(daemon.socket(1)).unwrap();
-        let info = VhostUserMemoryRegionInfo {
-            guest_phys_addr: gpa,
-            memory_size: len,
-            userspace_addr: 0x7100_0000_0000,
-            mmap_offset: offset,
-            mmap_handle: file.as_raw_fd(),
-        };
-        let added = front.socket().add_mem_region(&info);
+        let added = front.map_file(gpa, len, offset, &file);
         assert!(added.is_err(), "{what}");
         assert_eq!(io.write(1, &[1; 512]), Status::SUCCESS, "{what}");
     }
     // Taking away what is not there.
     let front = FrontEnd::connect(daemon.socket(1)).unwrap();
-    let region = front.memory().regions()[0].clone();
-    let info = VhostUserMemoryRegionInfo {
-        guest_phys_addr: HOT,
-        memory_size: region.len,
-        userspace_addr: region.user_addr(),
-        mmap_offset: 0,
-        mmap_handle: -1,
-    };
-    assert!(front.socket().remove_mem_region(&info).is_err());
+    let len = front.memory().regions()[0].len;
+    assert!(front.unmap(HOT, len).is_err());
     drop(front);
     let mut next = bring_up(FrontEnd::connect(daemon.socket(1)).unwrap());
     let mut after = Io::new(&mut next, queue(1, 16), 1);

@@ -8,6 +8,7 @@ use guest_tests::program::Program;
 use nvme_spec::Status;
 use nvme_spec::nvm::ReadWrite;
 use nvme_spec::opcode::NvmOpcode;
+use vhost_user_nvme::transport::Transport;
 
 const OWN_MEMORY: u64 = 64 << 20;
 
@@ -40,8 +41,13 @@ fn idle_costs_nothing() {
         std::thread::sleep(Duration::from_millis(1000));
         let used = program.cpu() - before;
         let elapsed = start.elapsed();
+        // Doorbells that are mapped for good have to be looked at, a thousand times a second.
+        let share = match guest_tests::transport() {
+            Transport::VhostUser => 100,
+            Transport::VfioUser => 20,
+        };
         assert!(
-            used < elapsed / 100,
+            used < elapsed / share,
             "idle {idle}, shadow doorbells {shadow}: {used:?} of {elapsed:?}"
         );
         assert!(

@@ -12,6 +12,7 @@ use guest_tests::rng::Rng;
 use nvme_spec::Status;
 use nvme_spec::regs::{Cc, offset};
 use vhost_user_nvme::poller::IdlePolicy;
+use vhost_user_nvme::transport::Transport;
 
 #[test]
 fn fifty_times_and_each_is_a_fresh_start() {
@@ -139,6 +140,10 @@ fn memory_of_any_shape_is_taken() {
 
 #[test]
 fn the_instance_id_reaches_the_controller() {
+    if guest_tests::transport() == Transport::VfioUser {
+        // It has none.
+        return;
+    }
     let daemon = TestDaemon::one(Plan::of(Disk::memory(9, 64)));
     for id in [[7; 16], *b"0123456789abcdef"] {
         let setup = Setup {

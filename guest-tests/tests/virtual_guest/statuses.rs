@@ -204,7 +204,7 @@ fn opcodes_and_flags() {
         b.expect(&format!("opcode {opcode:#x}"), sqe, Status::INVALID_OPCODE);
     }
     for opcode in ON_BLOCKS {
-        for flags in [0x01, 0x02, 0x03, 0x40, 0x80, 0xC0] {
+        for flags in [0x01, 0x02, 0x03, 0x41, 0x80, 0xC0] {
             let mut sqe = on_blocks(opcode, 1, 0, 0, data);
             sqe.flags = flags;
             b.expect(&format!("flags {flags:#x}"), sqe, Status::INVALID_FIELD);

@@ -10,6 +10,7 @@ use nvme_spec::opcode::NvmOpcode;
 use nvme_spec::{Sqe, Status};
 use vhost_user_nvme::driver::QueueConfig;
 use vhost_user_nvme::poller::IdlePolicy;
+use vhost_user_nvme::transport::Transport;
 
 fn verify() -> Sqe {
     ReadWrite::new(1, 0, 0).to_sqe(NvmOpcode::VERIFY, 0, 0)
@@ -178,13 +179,26 @@ fn doorbells_are_mapped_under_load_and_trapped_when_it_ends() {
     let start = Instant::now();
     // Load comes and goes; each command of it would hang if a ring fell between the modes.
     let mut quiet_trapped = 0;
-    while front.doorbell_switches() < 8 && start.elapsed() < LIMIT {
+    // A client of vfio-user maps them for good.
+    let switches = guest_tests::transport() == Transport::VhostUser;
+    while !switches && start.elapsed() < Duration::from_secs(1) {
+        stress(&mut pair, rng.any(), Duration::from_millis(60));
+        std::thread::sleep(Duration::from_millis(40));
+        assert!(front.doorbells_mapped());
+    }
+    while switches && front.doorbell_switches() < 8 && start.elapsed() < LIMIT {
         stress(&mut pair, rng.any(), Duration::from_millis(60));
         std::thread::sleep(Duration::from_millis(40));
         quiet_trapped += u32::from(!front.doorbells_mapped());
     }
-    assert!(front.doorbell_switches() >= 2, "it never switched");
-    assert!(quiet_trapped > 0, "it sleeps only with trapped doorbells");
+    assert!(
+        !switches || front.doorbell_switches() >= 2,
+        "it never switched"
+    );
+    assert!(
+        !switches || quiet_trapped > 0,
+        "it sleeps only with trapped doorbells"
+    );
     // Commands one by one, long after the load.
     for _ in 0..20 {
         std::thread::sleep(Duration::from_millis(3));
