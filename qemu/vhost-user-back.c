@@ -214,7 +214,8 @@ VuResult vu_client_open_back_channel(VuClient *c)
 
 VuResult vu_client_serve_until(VuClient *c, const bool *done, const char *what)
 {
-    int64_t deadline = vu_deadline(c->reply_timeout_ms);
+    unsigned ms = vu_patience(c);
+    int64_t deadline = vu_deadline(ms);
 
     while (vu_client_alive(c) && !*done) {
         struct pollfd p[2] = {
@@ -223,7 +224,7 @@ VuResult vu_client_serve_until(VuClient *c, const bool *done, const char *what)
         };
 
         if (!vu_wait_until(p, 2, deadline)) {
-            vu_client_breakf(c, "%s has not come within %u ms", what, c->reply_timeout_ms);
+            vu_client_breakf(c, "%s has not come within %u ms", what, ms);
         } else if (p[0].revents) {
             vu_client_serve_pending(c);
         } else if (p[1].revents) {

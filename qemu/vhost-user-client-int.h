@@ -43,6 +43,10 @@ typedef struct QEMU_PACKED VuHeader {
 #define VU_FLAG_REPLY 0x4u
 #define VU_FLAG_NEED_REPLY 0x8u
 
+#define VU_FEATURE_VERSION_1 (1ull << 32)
+#define VU_FEATURE_PROTOCOL (1ull << 30)
+#define VU_FEATURES (VU_FEATURE_VERSION_1 | VU_FEATURE_PROTOCOL)
+
 /* The longest request of a back-end that is understood: SHMEM_MAP. */
 #define VU_BACK_BODY_MAX 40
 
@@ -51,6 +55,7 @@ struct VuClient {
     int back_fd;
     bool started;
     unsigned reply_timeout_ms;
+    int64_t limit;  /* the time at which all answers must have come, or 0 */
     const VuClientOps *ops;
     void *opaque;
     Error *error;   /* why it is dead, until somebody takes it */
@@ -65,10 +70,16 @@ struct VuClient {
     VuHeader answer_to;
 };
 
-/* The end of a connection, whoever finds it first, with the reason. */
-void G_GNUC_PRINTF(2, 3) vu_client_breakf(VuClient *c, const char *fmt, ...);
+/* Sends a request, with fd if it is one. */
+VuResult vu_send(VuClient *c, uint32_t request, uint32_t flags, const void *body, uint32_t size, int fd);
+/* The answer to a request: between min and max bytes. */
+VuResult vu_answer(VuClient *c, uint32_t request, void *body, uint32_t min, uint32_t max, uint32_t *size);
+VuResult vu_get_u64(VuClient *c, uint32_t request, uint64_t *value);
+VuResult vu_set_features(VuClient *c);
 /* A request that is acknowledged, and whose refusal leaves nothing to go on with. */
 VuResult vu_client_must(VuClient *c, uint32_t request, const void *body, uint32_t size, int fd);
+/* How long to wait for an answer to what is asked now, in ms. */
+unsigned vu_patience(const VuClient *c);
 /* The time that many ms from now, for vu_wait_until. */
 int64_t vu_deadline(unsigned ms);
 /* Waits for events on one of n descriptors; false when the time is over. */

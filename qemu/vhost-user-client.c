@@ -9,7 +9,6 @@
 #include <glib-unix.h>
 #include <poll.h>
 #include <sys/socket.h>
-#include <sys/un.h>
 
 #include "qapi/error.h"
 #include "qemu/bswap.h"
@@ -64,25 +63,6 @@ typedef struct QEMU_PACKED VuVringStateMsg {
     uint32_t num;
 } VuVringStateMsg;
 
-#define VU_FEATURE_VERSION_1 (1ull << 32)
-#define VU_FEATURE_PROTOCOL (1ull << 30)
-#define VU_FEATURES (VU_FEATURE_VERSION_1 | VU_FEATURE_PROTOCOL)
-
-/* The protocol features this device cannot do without. */
-static const struct {
-    unsigned bit;
-    const char *name;
-} needed[] = {
-    { 0, "MQ" },
-    { 3, "REPLY_ACK" },
-    { 5, "BACKEND_REQ" },
-    { 9, "CONFIG" },
-    { 10, "BACKEND_SEND_FD" },
-    { 13, "RESET_DEVICE" },
-    { 15, "CONFIGURE_MEM_SLOTS" },
-    { 22, "SHMEM" },
-};
-
 static const char *request_name(uint32_t request)
 {
     const char *name = request < ARRAY_SIZE(request_names) ? request_names[request] : NULL;
@@ -104,6 +84,7 @@ static void vu_client_close(VuClient *c)
         c->back_fd = -1;
     }
     if (c->fd >= 0) {
+        qemu_set_fd_handler(c->fd, NULL, NULL, NULL);
         close(c->fd);
         c->fd = -1;
     }
@@ -183,6 +164,31 @@ void vu_client_start(VuClient *c)
     c->hup_watch = g_unix_fd_add(c->fd, G_IO_HUP | G_IO_ERR, vu_client_hup, c);
 }
 
+static void vu_client_readable(void *opaque)
+{
+    VuClient *c = opaque;
+
+    qemu_set_fd_handler(c->fd, NULL, NULL, NULL);
+    c->ops->answered(c->opaque);
+}
+
+void vu_client_await(VuClient *c)
+{
+    qemu_set_fd_handler(c->fd, vu_client_readable, NULL, c);
+}
+
+void vu_client_limit(VuClient *c, unsigned ms)
+{
+    c->limit = ms ? vu_deadline(ms) : 0;
+}
+
+unsigned vu_patience(const VuClient *c)
+{
+    int64_t left = c->limit ? MAX(c->limit - vu_deadline(0), 0) : UINT_MAX;
+
+    return MIN(left, c->reply_timeout_ms);
+}
+
 /* ------------------------------------------------------------------ bytes */
 
 int64_t vu_deadline(unsigned ms)
@@ -212,7 +218,8 @@ bool vu_wait_until(struct pollfd *p, nfds_t n, int64_t deadline)
 /* Sends all of buf, with fd (if it is one) on its first byte. */
 static VuResult send_all(VuClient *c, const char *what, const void *buf, size_t len, int fd)
 {
-    int64_t deadline = vu_deadline(c->reply_timeout_ms);
+    unsigned ms = vu_patience(c);
+    int64_t deadline = vu_deadline(ms);
     size_t done = 0;
 
     while (done < len) {
@@ -242,7 +249,7 @@ static VuResult send_all(VuClient *c, const char *what, const void *buf, size_t 
             struct pollfd p = { .fd = c->fd, .events = POLLOUT };
 
             if (!vu_wait_until(&p, 1, deadline)) {
-                vu_client_breakf(c, "the daemon has not taken %s for %u ms", what, c->reply_timeout_ms);
+                vu_client_breakf(c, "the daemon has not taken %s for %u ms", what, ms);
                 return VU_GONE;
             }
         } else if (n < 0 && (errno == EPIPE || errno == ECONNRESET)) {
@@ -256,8 +263,10 @@ static VuResult send_all(VuClient *c, const char *what, const void *buf, size_t 
     return VU_OK;
 }
 
-static VuResult recv_all(VuClient *c, const char *what, void *buf, size_t len, int64_t deadline)
+static VuResult recv_all(VuClient *c, const char *what, void *buf, size_t len)
 {
+    unsigned ms = vu_patience(c);
+    int64_t deadline = vu_deadline(ms);
     size_t done = 0;
 
     while (done < len) {
@@ -272,7 +281,7 @@ static VuResult recv_all(VuClient *c, const char *what, void *buf, size_t len, i
             struct pollfd p = { .fd = c->fd, .events = POLLIN };
 
             if (!vu_wait_until(&p, 1, deadline)) {
-                vu_client_breakf(c, "no answer to %s within %u ms", what, c->reply_timeout_ms);
+                vu_client_breakf(c, "no answer to %s within %u ms", what, ms);
                 return VU_GONE;
             }
         } else if (errno != EINTR) {
@@ -285,7 +294,7 @@ static VuResult recv_all(VuClient *c, const char *what, void *buf, size_t len, i
 
 /* ------------------------------------------------------------------ requests */
 
-static VuResult vu_send(VuClient *c, uint32_t request, uint32_t flags, const void *body, uint32_t size, int fd)
+VuResult vu_send(VuClient *c, uint32_t request, uint32_t flags, const void *body, uint32_t size, int fd)
 {
     uint8_t buf[sizeof(VuHeader) + sizeof(VuConfigMsg)];
     VuHeader h = { request, VU_FLAG_VERSION | flags, size };
@@ -302,13 +311,12 @@ static VuResult vu_send(VuClient *c, uint32_t request, uint32_t flags, const voi
 }
 
 /* The answer to a request: between min and max bytes. */
-static VuResult vu_answer(VuClient *c, uint32_t request, void *body, uint32_t min, uint32_t max, uint32_t *size)
+VuResult vu_answer(VuClient *c, uint32_t request, void *body, uint32_t min, uint32_t max, uint32_t *size)
 {
     const char *name = request_name(request);
-    int64_t deadline = vu_deadline(c->reply_timeout_ms);
     VuHeader h;
 
-    if (recv_all(c, name, &h, sizeof(h), deadline) != VU_OK) {
+    if (recv_all(c, name, &h, sizeof(h)) != VU_OK) {
         return VU_GONE;
     }
     if (h.request != request || (h.flags & VU_FLAG_VERSION_MASK) != VU_FLAG_VERSION || !(h.flags & VU_FLAG_REPLY)) {
@@ -323,26 +331,30 @@ static VuResult vu_answer(VuClient *c, uint32_t request, void *body, uint32_t mi
     if (size) {
         *size = h.size;
     }
-    return recv_all(c, name, body, h.size, deadline);
+    return recv_all(c, name, body, h.size);
 }
 
-static VuResult vu_get_u64(VuClient *c, uint32_t request, uint64_t *value)
+VuResult vu_get_u64(VuClient *c, uint32_t request, uint64_t *value)
 {
     VuResult r = vu_send(c, request, 0, NULL, 0, -1);
 
     return r == VU_OK ? vu_answer(c, request, value, sizeof(*value), sizeof(*value), NULL) : r;
 }
 
+static VuResult vu_acknowledged(VuClient *c, uint32_t request)
+{
+    uint64_t status;
+    VuResult r = vu_answer(c, request, &status, sizeof(status), sizeof(status), NULL);
+
+    return r == VU_OK && status ? VU_REFUSED : r;
+}
+
 /* A request that is acknowledged. */
 static VuResult vu_do(VuClient *c, uint32_t request, const void *body, uint32_t size, int fd)
 {
-    uint64_t status;
     VuResult r = vu_send(c, request, VU_FLAG_NEED_REPLY, body, size, fd);
 
-    if (r == VU_OK) {
-        r = vu_answer(c, request, &status, sizeof(status), sizeof(status), NULL);
-    }
-    return r == VU_OK && status ? VU_REFUSED : r;
+    return r == VU_OK ? vu_acknowledged(c, request) : r;
 }
 
 /* The same for a request whose refusal leaves nothing to go on with. */
@@ -412,13 +424,25 @@ VuResult vu_client_config_read(VuClient *c, uint32_t offset, void *buf, uint32_t
     return VU_OK;
 }
 
-VuResult vu_client_config_write(VuClient *c, uint32_t offset, const void *buf, uint32_t len)
+VuResult vu_client_config_send(VuClient *c, uint32_t offset, const void *buf, uint32_t len)
 {
     VuConfigMsg m = { .offset = offset, .size = len };
 
     assert(len > 0 && len <= VU_CONFIG_MAX);
     memcpy(m.data, buf, len);
-    return vu_send(c, VU_SET_CONFIG, 0, &m, offsetof(VuConfigMsg, data) + len, -1);
+    return vu_send(c, VU_SET_CONFIG, VU_FLAG_NEED_REPLY, &m, offsetof(VuConfigMsg, data) + len, -1);
+}
+
+VuResult vu_client_config_sent(VuClient *c)
+{
+    return vu_client_alive(c) ? vu_acknowledged(c, VU_SET_CONFIG) : VU_GONE;
+}
+
+VuResult vu_client_config_write(VuClient *c, uint32_t offset, const void *buf, uint32_t len)
+{
+    VuResult r = vu_client_config_send(c, offset, buf, len);
+
+    return r == VU_OK ? vu_client_config_sent(c) : r;
 }
 
 VuResult vu_client_mem_add(VuClient *c, uint64_t gpa, uint64_t size, uint64_t uaddr, uint64_t offset, int fd)
@@ -435,28 +459,33 @@ VuResult vu_client_mem_remove(VuClient *c, uint64_t gpa, uint64_t size, uint64_t
     return vu_do(c, VU_REM_MEM_REG, &m, sizeof(m), -1);
 }
 
-VuResult vu_client_vring_call(VuClient *c, unsigned index, EventNotifier *e)
+static VuResult vu_vring(VuClient *c, uint32_t request, const void *body, uint32_t size, int fd, bool ack)
+{
+    return ack ? vu_client_must(c, request, body, size, fd) : vu_send(c, request, 0, body, size, fd);
+}
+
+VuResult vu_client_vring_call(VuClient *c, unsigned index, EventNotifier *e, bool ack)
 {
     uint64_t v = index;
 
-    return vu_client_must(c, VU_SET_VRING_CALL, &v, sizeof(v), event_notifier_get_fd(e));
+    return vu_vring(c, VU_SET_VRING_CALL, &v, sizeof(v), event_notifier_get_fd(e), ack);
 }
 
-VuResult vu_client_vring_kick(VuClient *c, unsigned index, EventNotifier *e)
+VuResult vu_client_vring_kick(VuClient *c, unsigned index, EventNotifier *e, bool ack)
 {
     uint64_t v = index;
 
-    return vu_client_must(c, VU_SET_VRING_KICK, &v, sizeof(v), event_notifier_get_fd(e));
+    return vu_vring(c, VU_SET_VRING_KICK, &v, sizeof(v), event_notifier_get_fd(e), ack);
 }
 
-VuResult vu_client_vring_enable(VuClient *c, unsigned index, bool on)
+VuResult vu_client_vring_enable(VuClient *c, unsigned index, bool on, bool ack)
 {
     VuVringStateMsg m = { index, on };
 
-    return vu_client_must(c, VU_SET_VRING_ENABLE, &m, sizeof(m), -1);
+    return vu_vring(c, VU_SET_VRING_ENABLE, &m, sizeof(m), -1, ack);
 }
 
-static VuResult vu_set_features(VuClient *c)
+VuResult vu_set_features(VuClient *c)
 {
     uint64_t features = VU_FEATURES;
 
@@ -468,125 +497,4 @@ VuResult vu_client_reset(VuClient *c)
     VuResult r = vu_client_must(c, VU_RESET_DEVICE, NULL, 0, -1);
 
     return r == VU_OK ? vu_set_features(c) : r;
-}
-
-/* ------------------------------------------------------------------ connection */
-
-static int connect_once(const char *path)
-{
-    struct sockaddr_un un = { .sun_family = AF_UNIX };
-    int fd, e;
-
-    /* Checked by the caller to fit. */
-    memcpy(un.sun_path, path, strlen(path));
-    fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-    if (fd < 0) {
-        return -errno;
-    }
-    /* A local socket connects at once or not at all; EAGAIN is a full queue of waiting front-ends. */
-    if (connect(fd, (struct sockaddr *)&un, sizeof(un)) < 0) {
-        e = errno;
-        close(fd);
-        return -e;
-    }
-    return fd;
-}
-
-static int connect_for(const char *path, int64_t deadline, Error **errp)
-{
-    struct sockaddr_un un;
-    int fd;
-
-    if (strlen(path) >= sizeof(un.sun_path)) {
-        error_setg(errp, "the path '%s' is longer than the %zu bytes that a socket's may have", path,
-                   sizeof(un.sun_path) - 1);
-        return -1;
-    }
-    for (;;) {
-        fd = connect_once(path);
-        if (fd >= 0) {
-            return fd;
-        }
-        if ((fd != -ENOENT && fd != -ECONNREFUSED && fd != -EAGAIN && fd != -EINTR) ||
-            qemu_clock_get_ms(QEMU_CLOCK_REALTIME) >= deadline) {
-            break;
-        }
-        g_usleep(20 * 1000);
-    }
-    switch (-fd) {
-    case ENOENT:
-        error_setg(errp, "there is no socket '%s': is vhost-user-nvme running?", path);
-        break;
-    case ECONNREFUSED:
-        error_setg(errp, "nobody listens on '%s': is vhost-user-nvme running?", path);
-        break;
-    case EACCES:
-    case EPERM:
-        error_setg(errp, "no permission to connect to '%s': it needs write access to the socket", path);
-        break;
-    default:
-        error_setg_errno(errp, -fd, "cannot connect to '%s'", path);
-        break;
-    }
-    return -1;
-}
-
-static VuResult negotiate(VuClient *c)
-{
-    uint64_t features, offered, wanted = 0;
-    size_t i;
-
-    if (vu_get_u64(c, VU_GET_FEATURES, &features) != VU_OK) {
-        return VU_GONE;
-    }
-    if ((features & VU_FEATURES) != VU_FEATURES) {
-        vu_client_breakf(c, "the back-end lacks the feature %s",
-                         features & VU_FEATURE_PROTOCOL ? "VIRTIO_F_VERSION_1" : "VHOST_USER_F_PROTOCOL_FEATURES");
-        return VU_GONE;
-    }
-    if (vu_get_u64(c, VU_GET_PROTOCOL_FEATURES, &offered) != VU_OK) {
-        return VU_GONE;
-    }
-    for (i = 0; i < ARRAY_SIZE(needed); i++) {
-        wanted |= 1ull << needed[i].bit;
-        if (!(offered & (1ull << needed[i].bit))) {
-            vu_client_breakf(c, "the back-end lacks the protocol feature %s: is it vhost-user-nvme?", needed[i].name);
-            return VU_GONE;
-        }
-    }
-    /* REPLY_ACK is not on yet. */
-    if (vu_send(c, VU_SET_PROTOCOL_FEATURES, 0, &wanted, sizeof(wanted), -1) != VU_OK) {
-        return VU_GONE;
-    }
-    if (vu_client_must(c, VU_SET_OWNER, NULL, 0, -1) != VU_OK) {
-        return VU_GONE;
-    }
-    return vu_set_features(c);
-}
-
-VuClient *vu_client_connect(const char *path, unsigned connect_timeout_ms, unsigned reply_timeout_ms,
-                            const VuClientOps *ops, void *opaque, Error **errp)
-{
-    VuClient *c;
-    int fd = connect_for(path, vu_deadline(connect_timeout_ms), errp);
-
-    if (fd < 0) {
-        return NULL;
-    }
-    c = g_new0(VuClient, 1);
-    c->fd = fd;
-    c->back_fd = c->in_fd = -1;
-    c->ops = ops;
-    c->opaque = opaque;
-    /* A back-end that serves another front-end lets us wait here. */
-    c->reply_timeout_ms = MAX(connect_timeout_ms, reply_timeout_ms);
-    if (negotiate(c) != VU_OK) {
-        Error *e = vu_client_take_error(c);
-
-        error_propagate_prepend(errp, e, "'%s': ", path);
-        vu_client_free(c);
-        return NULL;
-    }
-    c->reply_timeout_ms = reply_timeout_ms;
-    return c;
 }

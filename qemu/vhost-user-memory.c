@@ -232,9 +232,9 @@ VuMemory *vu_memory_new(VuClient *client, const char *name, Error **errp)
 {
     ERRP_GUARD();
     VuMemory *m;
-    uint64_t slots;
+    uint64_t slots = UINT64_MAX;
 
-    if (vu_client_mem_slots(client, &slots) != VU_OK) {
+    if (client && vu_client_mem_slots(client, &slots) != VU_OK) {
         error_propagate(errp, vu_client_take_error(client));
         return NULL;
     }
@@ -256,7 +256,7 @@ VuMemory *vu_memory_new(VuClient *client, const char *name, Error **errp)
     m->errp = errp;
     memory_listener_register(&m->listener, &address_space_memory);
     m->errp = NULL;
-    if (!m->failed && !vu_client_alive(client)) {
+    if (!m->failed && client && !vu_client_alive(client)) {
         error_propagate(errp, vu_client_take_error(client));
         m->failed = true;
     }

@@ -13,7 +13,8 @@ typedef struct VuMemory VuMemory;
 
 /*
  * Sends the whole table and follows the map from then on. Fails if the guest's memory is not shared or the back-end
- * takes not all of it. What goes wrong later is warned about, once for each block of memory; `name` is who warns.
+ * takes not all of it. What goes wrong later is warned about, once for each block of memory; `name` is who warns. Without a
+ * client it only looks whether the memory can be shared.
  */
 VuMemory *vu_memory_new(VuClient *client, const char *name, Error **errp);
 /* The connection is gone: keep following, send nothing. */

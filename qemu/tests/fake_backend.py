@@ -38,13 +38,17 @@ class Backend:
         self.lacks = ()             # names of protocol features
         self.features = 1 << 30 | 1 << 32
         self.magic = 0x454D564E
-        self.page_version = 1
+        self.page_version = 2
+        self.kept = 0               # what it says is kept for the instance
+        self.takes_over = None      # another back-end, whose doorbells and registers are this one's
         self.short_file = False     # the window's file is shorter than the window
         self.no_window = False      # never map it
         self.side = None            # offset of the side words in the window's file; it is made large enough, unless
         self.no_side = False        # it is not
         self.answer = None          # request name -> bytes to send instead, or "close", or "silence"
         self.refuse = ()            # names of requests to answer with a failure
+        self.close_after_write = False  # do the guest's next register write, and die before it is acknowledged
+        self.silent_go = False      # never acknowledge `go`
         for name, value in knobs.items():
             assert hasattr(self, name), name
             setattr(self, name, value)
@@ -56,15 +60,24 @@ class Backend:
         self.main = self.back = None
         self.connections = 0
         self.connected = False
-        self.window_fd = os.memfd_create("doorbells")
+        self.times = []             # of the connections
+        self.window_fd = os.dup(self.takes_over.window_fd) if self.takes_over else os.memfd_create("doorbells")
         size = self.window if self.side is None or self.no_side else self.side + 0x1000
-        os.ftruncate(self.window_fd, size if not self.short_file else self.window // 2)
+        if not self.takes_over:
+            os.ftruncate(self.window_fd, size if not self.short_file else self.window // 2)
         self.doorbells = mmap.mmap(self.window_fd, 0)
         struct.pack_into("<Q", self.registers, 0, 0x30 << 40 | self.dstrd << 32 | 0x3FF)
         struct.pack_into("<IIIHHHHHHB", self.registers, 0xF00, self.magic, self.page_version, self.window, self.vrings, 0,
                          0x1B36, 0x0010, 0x1AF4, 0x1100, 2)
         struct.pack_into("<I", self.registers, 0xF1C, self.side or 0)
+        struct.pack_into("<I", self.registers, 0xF34, self.kept)
+        if self.takes_over:
+            self.registers[0x08:0xF00] = self.takes_over.registers[0x08:0xF00]
         self.listener = socket.socket(socket.AF_UNIX)
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            pass
         self.listener.bind(path)
         self.listener.listen(4)
         self.thread = threading.Thread(target=self._serve, daemon=True)
@@ -88,6 +101,17 @@ class Backend:
                 if left <= 0:
                     raise AssertionError(f"{what} has not happened; log: {[n for n, _ in self.log][-12:]}")
                 self.lock.wait(min(left, 0.2))
+
+    def writes(self, first=0, end=0xF00):
+        """The register writes so far: (offset, value)."""
+        with self.lock:
+            found = [(struct.unpack_from("<I", body)[0], int.from_bytes(body[12:], "little")) for name, body in self.log
+                     if name == "SET_CONFIG"]
+        return [(offset, value) for offset, value in found if first <= offset < end]
+
+    def goes(self):
+        """What `go` was said with."""
+        return [value for _, value in self.writes(0xF30, 0xF34)]
 
     def kicked(self, vring, timeout=0.0):
         """Takes a kick of this vring, if there is one within the time."""
@@ -123,11 +147,20 @@ class Backend:
 
     def die(self):
         """What a killed daemon does: everything closed at once, the window's file with it."""
-        for s in (self.main, self.back):
+        # The next connection may be there before this one is closed.
+        ends = self.main, self.back
+        self.back = None
+        for s in ends:
             if s:
                 s.shutdown(socket.SHUT_RDWR)
                 s.close()
-        self.back = None
+
+    def kill(self):
+        """Dies, and listens no more: nobody comes in between."""
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.die()
+        self.thread.join(5)
+        self.listener.close()
 
     def stop_listening(self):
         # The thread in accept() would keep a socket alive that is only closed.
@@ -145,6 +178,9 @@ class Backend:
             self.die()
         except OSError:
             pass
+        self.thread.join(5)
+        for fd in (self.window_fd, *self.calls.values(), *self.kicks.values()):
+            os.close(fd)
 
     # -- the other side of the connection
 
@@ -157,6 +193,7 @@ class Backend:
             with self.lock:
                 self.connections += 1
                 self.connected = True
+                self.times.append(time.monotonic())
             try:
                 while True:
                     self._request()
@@ -164,6 +201,8 @@ class Backend:
                 pass
             with self.lock:
                 self.connected = False
+                for _, _, fd in self.regions.values():
+                    os.close(fd)
                 self.regions.clear()
                 self.lock.notify_all()
             try:
@@ -203,6 +242,12 @@ class Backend:
         with self.lock:
             self.log.append((name, body))
             self.lock.notify_all()
+            at = struct.unpack_from("<I", body)[0] if name == "SET_CONFIG" else None
+            if at is not None and at < 0xF00 and self.close_after_write:
+                self.main.close()
+                raise Closed
+            if at == 0xF30 and self.silent_go:
+                return
         if reply is not None:
             self.main.sendall(struct.pack("<III", request, 1 | REPLY, len(reply)) + reply)
 
@@ -228,7 +273,10 @@ class Backend:
             if not self.no_window:
                 threading.Thread(target=self._map_window, daemon=True).start()
         if name in ("SET_VRING_CALL", "SET_VRING_KICK"):
-            (self.calls if name == "SET_VRING_CALL" else self.kicks)[struct.unpack("<Q", body)[0] & 0xFF] = fds.pop()
+            held, index = self.calls if name == "SET_VRING_CALL" else self.kicks, struct.unpack("<Q", body)[0] & 0xFF
+            if index in held:
+                os.close(held[index])
+            held[index] = fds.pop()
         if name == "SET_VRING_ENABLE":
             index, on = struct.unpack("<II", body)
             self.enabled[index] = on
@@ -240,7 +288,9 @@ class Backend:
                 self.regions[gpa] = (size, offset, fd)
         if name == "REM_MEM_REG":
             _, gpa, size, _, offset = struct.unpack("<5Q", body)
-            assert self.regions.pop(gpa)[:2] == (size, offset), "removed what was not added"
+            there = self.regions.pop(gpa)
+            assert there[:2] == (size, offset), "removed what was not added"
+            os.close(there[2])
         if name == "RESET_DEVICE":
             size = min(self.window, len(self.doorbells))
             self.doorbells[:size] = bytes(size)
