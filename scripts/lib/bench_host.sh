@@ -12,9 +12,11 @@ bench_host_usage() {
 
 		  table   commands per second and their times: null, memory and a file on tmpfs at depth 1, 32 and 128, in rounds by turns
 		          over rows, policies and builds: Markdown, JSON, two plots (the default)
-		  idle    what 16 connected idle controllers cost in 30 s (adaptive), and how long a command takes that wakes the poller
+		  idle    what 1 and 16 connected idle controllers cost in 30 s (adaptive) over each transport, and how long a command takes
+		          that wakes the poller
 		  fair    8 guests of depth 32 on one poller; a guest of depth 1 alone and beside one of depth 128
 		  strace  system calls of a poller under load (poll; null and memory): needs strace
+		  transports   the same reads over vhost-user and vfio-user, by turns: the way of a command is the same
 		  all     all of these
 
 		  --json FILE         the table's rows as JSON, one object each: transport, namespace, operation, block_size, depth, iops,
@@ -37,8 +39,8 @@ bench_host_usage() {
 while (($#)); do
 	case $1 in
 	--help | -h) bench_host_usage && exit 0 ;;
-	table | idle | fair | strace) parts+=("$1") ;;
-	all) parts+=(table idle fair strace) ;;
+	table | idle | fair | strace | transports) parts+=("$1") ;;
+	all) parts+=(table idle fair strace transports) ;;
 	--out | --seconds | --rounds | --only | --json | --against | --idle | --buffers | --client-core | --poller-core)
 		(($# > 1)) || fail "$1 needs a value"
 		case $1 in
@@ -172,17 +174,21 @@ bench_file() {
 
 # ---------------------------------------------------------------- daemons
 
-# bench_daemon DIR PROGRAM POLICY NAMESPACE[=SOCKET]...: controllers with a namespace each, DIR/SOCKET.sock
+# What guests speak.
+spoken=vhost-user
+# bench_daemon DIR PROGRAM POLICY NAMESPACE[=SOCKET[@TRANSPORT]]...: controllers with a namespace each, DIR/SOCKET.sock
 bench_daemon() {
-	local at=$1 program=$2 policy=$3 spec namespace sockets=()
+	local at=$1 program=$2 policy=$3 spec namespace transport sockets=()
 	shift 3
 	mkdir -p -- "$at"
 	printf '[daemon]\ncores = [%d]\nidle = "%s"\nlog-level = "warn"\n' "$poller_core" "$policy" >"$at/daemon.toml"
 	for spec in "$@"; do
+		transport=vhost-user
+		[[ $spec != *@* ]] || transport=${spec#*@} spec=${spec%@*}
 		namespace=${spec%%=*}
 		sockets+=("$at/${spec#*=}.sock")
 		{
-			printf '[[controller]]\nsocket-path = "%s"\n' "${sockets[-1]}"
+			printf '[[controller]]\ntransport = "%s"\nsocket-path = "%s"\n' "$transport" "${sockets[-1]}"
 			printf '[[controller.namespace]]\nbackend = "%s"\nblock-size = 512\n' "$namespace"
 			case $namespace in
 			null) printf 'size = "1T"\n' ;;
@@ -219,7 +225,7 @@ bench_table() {
 	done
 	((${#want[@]})) || fail "no row matches '$filter'"
 	step "table: $((${#want[@]} / 2)) rows, $rounds rounds of $seconds s, ${#daemons[@]} build(s), ${#policies[@]} policies"
-	bench_huge_pages $((${#daemons[@]} * ${#policies[@]} * 256 + buffers + 32))
+	bench_huge_pages $((${#daemons[@]} * ${#policies[@]} * 256 + buffers + 32 + 256))
 	for i in "${!daemons[@]}"; do
 		for policy in "${policies[@]}"; do
 			label=$policy
@@ -241,36 +247,53 @@ bench_table() {
 	cat -- "$out/report.md"
 }
 
-idle_seconds=30 idle_controllers=16
+idle_seconds=30
 bench_idle() {
-	local i names=() sockets=() held from to result
-	for ((i = 1; i <= idle_controllers; i++)); do names+=("null=idle$i"); done
-	step "$idle_controllers connected idle controllers for $idle_seconds s (adaptive), then single commands"
-	bench_daemon "$dir/idle" "${daemons[-1]}" adaptive "${names[@]}"
-	for ((i = 1; i <= idle_controllers; i++)); do sockets+=(--socket "$dir/idle/idle$i.sock"); done
-	"$guest" hold "${sockets[@]}" --buffers 0 --seconds $((idle_seconds + 60)) >/dev/null 2>"$dir/hold.log" &
-	held=$!
-	on_exit _end_child "$held"
-	until grep -q holding "$dir/hold.log"; do
-		kill -0 "$held" 2>/dev/null || fail "$(tail -n 1 "$dir/hold.log")"
-		sleep 0.1
+	local n i names sockets held from to result rows=() wakes=()
+	step "connected idle controllers for $idle_seconds s (adaptive), then single commands"
+	for spoken in vhost-user vfio-user; do
+		for n in 1 16; do
+			names=() sockets=()
+			for ((i = 1; i <= n; i++)); do
+				names+=("null=idle$i@$spoken")
+				sockets+=(--socket "$dir/idle-$spoken-$n/idle$i.sock")
+			done
+			bench_daemon "$dir/idle-$spoken-$n" "${daemons[-1]}" adaptive "${names[@]}"
+			VIRTUAL_GUEST_TRANSPORT=$spoken "$guest" hold "${sockets[@]}" --buffers 0 --seconds $((idle_seconds + 60)) >/dev/null 2>"$dir/hold.log" &
+			held=$!
+			on_exit _end_child "$held"
+			until grep -q holding "$dir/hold.log"; do
+				kill -0 "$held" 2>/dev/null || fail "$(tail -n 1 "$dir/hold.log")"
+				sleep 0.1
+			done
+			# Idle is what has had nothing to do for a while: a poller that has to look at doorbells looks seldom after 2 s.
+			sleep 4
+			from=$(process_cpu_us "$DAEMON_PID")
+			sleep "$idle_seconds"
+			to=$(process_cpu_us "$DAEMON_PID")
+			kill "$held" 2>/dev/null || true
+			wait "$held" 2>/dev/null || true
+			_forget_exit _end_child "$held"
+			rows+=("$spoken $n $((to - from))")
+			sleep 0.2
+			if ((n == 1)); then
+				result=$(VIRTUAL_GUEST_TRANSPORT=$spoken "${favoured[@]}" "$guest" wake "${sockets[@]}" --core "$client_core" --buffers 0 --count 1000) ||
+					fail "no answer"
+				wakes+=("$(printf -- '- %s: p50 %s us, p99 %s us, mean %s us' "$spoken" "$(micros "$(number p50_ns "$result")")" \
+					"$(micros "$(number p99_ns "$result")")" "$(micros "$(number avg_ns "$result")")")")
+			fi
+			bench_stop
+		done
 	done
-	sleep 1
-	from=$(process_cpu_us "$DAEMON_PID")
-	sleep "$idle_seconds"
-	to=$(process_cpu_us "$DAEMON_PID")
-	kill "$held" 2>/dev/null || true
-	wait "$held" 2>/dev/null || true
-	_forget_exit _end_child "$held"
-	sleep 0.2
-	result=$("${favoured[@]}" "$guest" wake --socket "$dir/idle/idle1.sock" --core "$client_core" --buffers 0 --count 1000) || fail "no answer"
-	bench_stop
+	spoken=vhost-user
 	ok
 	{
-		printf '### Idle\n\n%d connected controllers with a queue pair each, adaptive, %d s: %s s of CPU time, all threads of the daemon.\n' \
-			"$idle_controllers" "$idle_seconds" "$(awk -v us=$((to - from)) 'BEGIN {printf "%.4f", us / 1e6}')"
-		printf 'A command to a poller that sleeps (1000, one each 2 ms): p50 %s us, p99 %s us, mean %s us.\n\n' \
-			"$(micros "$(number p50_ns "$result")")" "$(micros "$(number p99_ns "$result")")" "$(micros "$(number avg_ns "$result")")"
+		printf '### Idle\n\nConnected controllers with a queue pair each that have nothing to do (adaptive): CPU time of all threads of the daemon in %d s.\n\n' \
+			"$idle_seconds"
+		printf '| transport | controllers | CPU time (s) | of a core |\n| --- | ---: | ---: | ---: |\n'
+		printf '%s\n' "${rows[@]}" | awk -v seconds="$idle_seconds" '{printf "| %s | %d | %.4f | %.3f %% |\n", $1, $2, $3 / 1e6, $3 / seconds / 1e4}'
+		printf '\nA command each 2 ms (1000): over vhost-user the poller sleeps in between, over vfio-user it naps only after 10 ms.\n\n'
+		printf '%s\n' "${wakes[@]}" ''
 	} | tee -- "$out/idle.md"
 }
 
@@ -308,7 +331,7 @@ bench_fair() {
 	echo >>"$out/fair.md"
 	cat -- "$out/fair.md"
 }
-bench_load() { "${favoured[@]}" "$guest" load "$@" --seconds "$seconds" --core "$client_core" --buffers 16 --batch 16; }
+bench_load() { VIRTUAL_GUEST_TRANSPORT=$spoken "${favoured[@]}" "$guest" load "$@" --seconds "$seconds" --core "$client_core" --buffers 16 --batch 16; }
 median() { printf '%s\n' "$@" | sort -g | sed -n "$((($# + 1) / 2))p"; }
 # bench_ratios median|worst LOWS HIGHS
 bench_ratios() {
@@ -358,6 +381,49 @@ bench_poller_thread() {
 	return 1
 }
 
+bench_transports() {
+	local -A figures=()
+	local round namespace depth result order
+	# One daemon and short runs, each beside its like: what else the machine does comes to both.
+	step "transports: $rounds rounds of $seconds s"
+	bench_huge_pages $((2 * 256 + 32))
+	bench_daemon "$dir/transports" "${daemons[-1]}" "${policies[0]}" \
+		null=null-vhost-user memory=memory-vhost-user null=null-vfio-user@vfio-user memory=memory-vfio-user@vfio-user
+	for spoken in vhost-user vfio-user; do
+		bench_load --socket "$dir/transports/memory-$spoken.sock" --fill >/dev/null || fail "no result"
+	done
+	for ((round = 0; round < rounds; round++)); do
+		order=(vhost-user vfio-user)
+		((round % 2 == 0)) || order=(vfio-user vhost-user)
+		for namespace in null memory; do
+			for depth in 1 32 128; do
+				for spoken in "${order[@]}"; do
+					result=$(bench_load --socket "$dir/transports/$namespace-$spoken.sock" --depth "$depth") || fail "no result"
+					figures[$spoken-$namespace-$depth]+=" $(number iops "$result")"
+				done
+			done
+		done
+	done
+	bench_stop
+	spoken=vhost-user
+	ok
+	{
+		printf '### Transports\n\nReads of 4 KiB over each transport by turns (%s), thousands a second, medians of %d rounds; the ratio is the median of those of each round.\n\n' \
+			"${policies[0]}" "$rounds"
+		printf '| namespace | depth | vhost-user | vfio-user | vfio-user / vhost-user |\n| --- | --- | --- | --- | --- |\n'
+		for namespace in null memory; do
+			for depth in 1 32 128; do
+				# shellcheck disable=SC2086 # words
+				printf '| %s | %d | %.1f | %.1f | %s |\n' "$namespace" "$depth" \
+					"$(awk -v n="$(median ${figures[vhost-user-$namespace-$depth]})" 'BEGIN {print n / 1000}')" \
+					"$(awk -v n="$(median ${figures[vfio-user-$namespace-$depth]})" 'BEGIN {print n / 1000}')" \
+					"$(bench_ratios median "${figures[vhost-user-$namespace-$depth]}" "${figures[vfio-user-$namespace-$depth]}")"
+			done
+		done
+		echo
+	} | tee -- "$out/transports.md"
+}
+
 # ---------------------------------------------------------------- all of it
 
 dirty=''
@@ -367,7 +433,7 @@ head="Made by \`scripts/bench host --seconds $seconds --rounds $rounds\` at comm
 Machine: $(sed -nE 's/^model name[^:]*: //p' /proc/cpuinfo | sed -n 1p), $(nproc) cores, Linux $(uname -r). Guest on core $client_core, poller on core $poller_core, one queue
 pair of 256 entries, data in $buffers MiB of guest memory, namespaces of 256 MiB (memory, file) and 1 TiB (null)."
 for part in "${parts[@]}"; do "bench_$part"; done
-for part in idle fair strace; do
+for part in idle fair strace transports; do
 	if [[ -e $out/$part.md ]]; then cat -- "$out/$part.md" >>"$out/report.md"; fi
 done
 info "reports and plots are in $out"

@@ -2,6 +2,7 @@
 # cases.sh - runs test cases, some at a time, each in a subshell with a directory of its own, and counts. Needs common.sh.
 #
 #   test_case [--limit S] [--alone] NAME FUNCTION [ARG...]    registers; --alone: nothing else runs beside it (timing)
+#   only_cases REGEX [-v]             from here on there are only those whose names match (or, with -v, do not match)
 #   run_cases JOBS DIR LOGS FILTER    runs those whose name contains FILTER; logs of failing ones are kept in LOGS
 #   verdict PASS|FAIL|SKIP NAME SECONDS [REASON]              prints and counts one entry
 #   count PASSED FAILED SKIPPED       counts entries that were printed by another runner
@@ -11,8 +12,12 @@
 #   skip REASON                       ends the case as SKIP
 #   broken REASON                     ends the case as FAIL, the reason in its line
 #   measured TEXT                     a number that belongs into the case's line
+#   died REASON                       ends the case as one that could not be judged, since its emulated machine died by itself: it is run
+#                                     again from the start, at most CASE_RUNS times in all; its line says how often
 
+_cases_regex='' _cases_match=0
 _case_names=() _case_limits=() _case_alone=() _case_calls=()
+CASE_RUNS=3
 TESTS_PASSED=0 TESTS_FAILED=0 TESTS_SKIPPED=0
 
 test_case() {
@@ -41,6 +46,11 @@ broken() {
 	echo "$*" >"$CASE_DIR/reason"
 	exit 1
 }
+died() {
+	echo "died: $*"
+	echo "$*" >"$CASE_DIR/died"
+	exit 76
+}
 measured() {
 	echo "measured: $*"
 	echo "$*" >>"$CASE_DIR/measured"
@@ -67,23 +77,35 @@ final_line() {
 	((TESTS_FAILED == 0 && TESTS_PASSED > 0))
 }
 
+only_cases() {
+	_cases_regex=$1 _cases_match=0
+	[[ ${2:-} != -v ]] || _cases_match=1
+}
+# _case_wanted NAME FILTER
+_case_wanted() {
+	local rc=0
+	[[ $1 =~ $_cases_regex ]] || rc=1
+	((rc == _cases_match)) && [[ $1 == *"$2"* ]]
+}
+
 case_names() {
 	local name
 	for name in "${_case_names[@]}"; do
-		[[ $name != *"${1:-}"* ]] || echo "$name"
+		if _case_wanted "$name" "${1:-}"; then echo "$name"; fi
 	done
 }
 
-declare -A _case_pid=() _case_start=() _case_late=()
+declare -A _case_pid=() _case_start=() _case_late=() _case_run=()
 
 run_cases() {
 	local jobs=$1 dir=$2 logs=$3 filter=$4 todo=() i
 	for i in "${!_case_names[@]}"; do
-		[[ ${_case_names[i]} != *"$filter"* ]] || todo+=("$i")
+		if _case_wanted "${_case_names[i]}" "$filter"; then todo+=("$i"); fi
 	done
 	on_exit _end_cases
 	while ((${#todo[@]} || ${#_case_pid[@]})); do
 		while ((${#todo[@]})) && _room_for "${todo[0]}" "$jobs"; do
+			_case_run[${todo[0]}]=1
 			_start_case "${todo[0]}" "$dir"
 			todo=("${todo[@]:1}")
 		done
@@ -122,7 +144,7 @@ _start_case() {
 }
 
 _collect_case() {
-	local i=$1 name=${_case_names[$1]} dir=$2/${_case_names[$1]} logs=$3 rc=0 seconds reason=''
+	local i=$1 name=${_case_names[$1]} dir=$2/${_case_names[$1]} logs=$3 run=${_case_run[$1]} rc=0 seconds reason='' runs=''
 	wait "${_case_pid[$i]}" 2>/dev/null || rc=$?
 	seconds=$(seconds_since "${_case_start[$i]}")
 	unset "_case_pid[$i]"
@@ -130,24 +152,43 @@ _collect_case() {
 		rc=124
 		echo "not ended within ${_case_limits[i]} s" >"$dir/reason"
 	fi
+	((run == 1)) || runs=" (run $run of at most $CASE_RUNS)"
 	case $rc in
-	0) verdict PASS "$name" "$seconds" "$(paste -sd ';' "$dir/measured" 2>/dev/null || true)" ;;
+	0) verdict PASS "$name" "$seconds" "$(paste -sd ';' "$dir/measured" 2>/dev/null || true)$runs" ;;
 	77) verdict SKIP "$name" "$seconds" "$(cat "$dir/skip" 2>/dev/null || true)" ;;
+	76)
+		_keep_case "$dir" "$logs/$name.died-$run"
+		reason=$(cat "$dir/died")
+		rm -rf -- "$dir"
+		if ((run < CASE_RUNS)); then
+			printf 'NOTE %s: nested guest died by itself after %s s (%s); run again\n' "$name" "$seconds" "$reason"
+			_case_run[$i]=$((run + 1))
+			_start_case "$i" "$2"
+		else
+			verdict FAIL "$name" "$seconds" "nested guest died by itself, $run times of $run ($reason), see $logs/$name.died-*"
+		fi
+		return 0
+		;;
 	*)
 		reason=$(cat "$dir/reason" 2>/dev/null || grep -aE '^(FAIL|error:)' "$dir/log" | sed -n 1p || true)
-		verdict FAIL "$name" "$seconds" "${reason:-status $rc}"
-		rm -rf -- "${logs:?}/$name"
-		mkdir -p -- "$logs"
-		# what is large says nothing
-		find "$dir" -type f -size +4M -delete
-		find "$dir" \( -type p -o -type s \) -delete
-		cp -a -- "$dir" "$logs/$name"
+		verdict FAIL "$name" "$seconds" "${reason:-status $rc}$runs"
+		_keep_case "$dir" "$logs/$name"
 		printf -- '---- the end of %s/log:\n' "$logs/$name"
 		tail -n 30 -- "$dir/log" | cut -c 1-300
 		printf -- '----\n'
 		;;
 	esac
 	rm -rf -- "$dir"
+}
+
+# _keep_case DIR TO
+_keep_case() {
+	rm -rf -- "${2:?}"
+	mkdir -p -- "$(dirname -- "$2")"
+	# what is large says nothing
+	find "$1" -type f -size +4M -delete
+	find "$1" \( -type p -o -type s \) -delete
+	cp -a -- "$1" "$2"
 }
 
 _end_cases() {

@@ -4,7 +4,7 @@
 #
 #   rust_toolchain        puts a cargo of at least the workspace's rust-version first in PATH
 #   build_daemon          release build with progress: DAEMON=<path of the program>
-#   build_tests           what `cargo test` runs
+#   build_tests           what `cargo test "${TEST_BUILD[@]}"` runs
 #   test_program SOURCE NAME   prints the path of one of them, e.g. `test_program src/lib.rs vhost_user_nvme`
 #   cargo_target          prints the target directory
 
@@ -101,13 +101,16 @@ build_daemon() {
 	ok
 }
 
+# What every build of tests and lints is called with: the same crates and features, so that all is compiled once.
+TEST_BUILD=(--workspace --features vhost-user-nvme/testing --locked)
+
 build_tests() {
 	local log
 	rust_toolchain
 	mkdir -p "$(cargo_target)"
 	log=$(cargo_target)/build-tests.log
 	step "test programs"
-	logged "$log" cargo test --manifest-path "$_rust_repo/Cargo.toml" --workspace --locked --no-run ||
+	logged "$log" cargo test --manifest-path "$_rust_repo/Cargo.toml" "${TEST_BUILD[@]}" --no-run ||
 		fail "the tests do not compile: see $log"
 	ok
 }

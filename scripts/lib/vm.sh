@@ -5,7 +5,7 @@
 #   run_vm OPTION... [-- QEMU-ARGUMENT...]     start, wait; returns the guest's exit status, or 124 (time limit)
 #                                             or 125 (the guest ended without a status: QEMU failed, kernel panic)
 #   vm_start OPTION... [-- QEMU-ARGUMENT...]   the first half: VM_PID, VM_OUT
-#   vm_wait                                   the second half
+#   vm_wait                                   the second half; VM_STATUS is QEMU's own exit status
 #   vm_wait_line REGEX SECONDS                until the console shows a line; status 1 if it does not
 #   vm_qmp JSON                               one QMP command to the running guest, prints the answer
 #   vm_hmp COMMAND                            one monitor command, prints its text
@@ -30,7 +30,7 @@
 # shellcheck disable=SC2034 # the results are for the scripts that source this
 
 _vm_dir=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
-VM_PID='' VM_OUT='' _vm_deadline='' _vm_progress='' _vm_qmp_in='' _vm_qmp_out='' _vm_accel=''
+VM_PID='' VM_OUT='' VM_STATUS='' _vm_deadline='' _vm_progress='' _vm_qmp_in='' _vm_qmp_out='' _vm_accel=''
 
 run_vm() {
 	vm_start "$@"
@@ -171,7 +171,8 @@ vm_stop() {
 }
 
 _vm_reap() {
-	wait "$VM_PID" 2>/dev/null || true
+	VM_STATUS=0
+	wait "$VM_PID" 2>/dev/null || VM_STATUS=$?
 	_forget_exit _end_child "$VM_PID"
 	[[ -z $_vm_qmp_in ]] || exec {_vm_qmp_in}>&-
 	[[ -z $_vm_qmp_out ]] || exec {_vm_qmp_out}>&-
