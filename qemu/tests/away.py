@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Tests of the device while its daemon is away, when it comes back, and when it comes late."""
 
+import math
 import os
+import re
 import struct
 import time
 
 from fake_backend import SHMEM_MAP, SHMEM_UNMAP
-from harness import covers, same, says, test, wait_memory
+from harness import answers_during, covers, responsive, same, says, test, wait_memory
 from machine import BAR0
+from waiting import wait_until
 
 CC, CSTS, AQA, ASQ, ACQ, DOORBELLS = 0x14, 0x1C, 0x24, 0x28, 0x30, 0x1000
 
@@ -16,10 +19,7 @@ def killed(b, m):
     """The daemon dies; returns when the device knows."""
     before = m.stderr().count("the daemon is gone")
     b.kill()
-    end = time.monotonic() + 5
-    while m.stderr().count("the daemon is gone") == before:
-        assert time.monotonic() < end, f"no warning: {m.stderr()}"
-        time.sleep(0.01)
+    wait_until(lambda: m.stderr().count("the daemon is gone") > before, lambda: f"no warning: {m.stderr()}")
 
 
 def again(w, b, **knobs):
@@ -28,26 +28,11 @@ def again(w, b, **knobs):
 
 
 def serves(b, goes=1):
-    b.wait(lambda: len(b.goes()) >= goes, "go", 10)
+    b.wait(lambda: len(b.goes()) >= goes, "go")
 
 
 def is_back(m, times=1):
-    end = time.monotonic() + 5
-    while m.stderr().count("the daemon is back after") < times:
-        assert time.monotonic() < end, f"it is not back: {m.stderr()}"
-        time.sleep(0.01)
-
-
-def responsive(m, limit, seconds=1.0):
-    """The main loop answers all the time; the longest that it took."""
-    longest, end = 0, time.monotonic() + seconds
-    while time.monotonic() < end:
-        begin = time.monotonic()
-        m.qmp("query-status")
-        longest = max(longest, time.monotonic() - begin)
-        time.sleep(0.01)
-    assert longest < limit, f"the main loop stood still for {longest:.2f} s"
-    return longest
+    wait_until(lambda: m.stderr().count("the daemon is back after") >= times, lambda: f"it is not back: {m.stderr()}")
 
 
 @test
@@ -79,13 +64,13 @@ def a_daemon_that_dies_and_comes_back(w):
     assert max(i for i, name in enumerate(names) if name in ("ADD_MEM_REG", "SET_VRING_ENABLE", "SET_VRING_CALL")) < go, names
     same(b2.writes(), [], "register writes that were acknowledged")
     assert covers(b2, 0, 0xA0000) and covers(b2, 1 << 20, 256 << 20), b2.regions
-    assert all(b2.kicked(v, 2) for v in range(4)), "all vrings are kicked"
+    assert all(b2.kicked(v, wait=True) for v in range(4)), "all vrings are kicked"
     for vector in range(4):
         wait_memory(m, 0x100000 + vector * 4, 0xA0 + vector)
     # And all is as ever.
     same(struct.unpack_from("<I", b2.doorbells, 8)[0], 0x77)
     m.write(4, BAR0 + DOORBELLS + 8, 0x78)
-    assert b2.kicked(1, 2)
+    assert b2.kicked(1, wait=True)
     b2.registers[CSTS] = 5
     same(m.read(4, BAR0 + CSTS), 5)
     m.write(4, 0x100000, 0)
@@ -95,16 +80,18 @@ def a_daemon_that_dies_and_comes_back(w):
 
 @test
 def a_connection_that_ends_is_made_again_at_once(w):
-    b, m = w.pair()
+    # One that is not made at once is made after this; if everything is held up, one that is made at once may fail.
+    delay, took = 10, []
+    b, m = w.pair(options=f",reconnect-delay={delay * 1000}")
     for round_ in range(20):
         begin = time.monotonic()
         b.die()
-        b.wait(lambda: b.connections >= round_ + 2, "the next connection")
         serves(b, round_ + 1)
-        assert time.monotonic() - begin < 0.5
+        took.append(time.monotonic() - begin)
         is_back(m, round_ + 1)
+    assert sum(t < delay for t in took) > 10, f"it took {', '.join(f'{t:.1f}' for t in took)} s"
     m.write(4, BAR0 + DOORBELLS, 1)
-    assert b.kicked(0, 2)
+    assert b.kicked(0, wait=True)
 
 
 @test
@@ -118,9 +105,9 @@ def side_words_come_and_go_with_the_daemon(w):
     serves(b2)
     is_back(m)
     same([struct.unpack_from("<I", b2.doorbells, 0x1000 + v * 128 + 68)[0] for v in range(4)], [1, 1, 1, 1], "attentive")
-    assert b2.kicked(1, 2)
+    assert b2.kicked(1, wait=True)
     m.write(4, BAR0 + DOORBELLS + 8, 2)
-    assert b2.kicked(1, 2)
+    assert b2.kicked(1, wait=True)
 
 
 @test
@@ -138,9 +125,9 @@ def mapped_doorbells_are_taken_back(w):
             b2 = again(inner, b)
             serves(b2)
             is_back(m)
-            assert b2.kicked(1, 2)
+            assert b2.kicked(1, wait=True)
             m.write(4, BAR0 + DOORBELLS + 8, 3)
-            assert b2.kicked(1, 2), "trapped"
+            assert b2.kicked(1, wait=True), "trapped"
             same(struct.unpack_from("<I", b2.doorbells, 8)[0], 3)
             assert b2.shmem(SHMEM_MAP, 1) and b2.shmem(SHMEM_UNMAP, 1)
         finally:
@@ -160,7 +147,7 @@ def a_file_of_doorbells_that_was_cut_is_let_go_of(w):
     serves(b2)
     is_back(m)
     m.write(4, BAR0 + DOORBELLS, 2)
-    assert b2.kicked(0, 2)
+    assert b2.kicked(0, wait=True)
     same(struct.unpack_from("<I", b2.doorbells, 0)[0], 2)
 
 
@@ -168,13 +155,13 @@ def a_file_of_doorbells_that_was_cut_is_let_go_of(w):
 def a_write_whose_acknowledgement_is_lost_is_sent_again(w):
     b, m = w.pair()
     m.write(4, BAR0 + AQA, 0x1F001F)
-    b.close_after_write = True
+    b.close_after_write = 1
     m.write(4, BAR0 + CC, 0x460001)
-    same(b.writes(), [(AQA, 0x1F001F), (CC, 0x460001)])
-    b.close_after_write = False
     serves(b)
-    b.wait(lambda: len(b.writes()) == 3, "the write once more")
-    same(b.writes()[2], (CC, 0x460001))
+    is_back(m)
+    same(b.writes(), [(AQA, 0x1F001F), (CC, 0x460001), (CC, 0x460001)])
+    writes = [struct.unpack_from("<I", body)[0] for name, body in b.log if name == "SET_CONFIG"]
+    same([a for a in writes if a in (AQA, CC, 0xF30)], [AQA, CC, 0xF30, CC], "it is sent again after go")
     same(b.goes(), [3])
     same(m.read(4, BAR0 + CC), 0x460001)
 
@@ -229,20 +216,19 @@ def a_daemon_that_dies_again_and_again_while_coming_back(w):
     killed(b, m)
     m.write(4, BAR0 + CC, 0x460000)
     m.write(4, BAR0 + CC, 0x460001)
-    b2 = again(w, b)
+    b2 = again(w, b, answer={"GET_FEATURES": "close"})
     for name in ("GET_FEATURES", "GET_PROTOCOL_FEATURES", "SET_OWNER", "GET_QUEUE_NUM", "GET_CONFIG", "SET_CONFIG",
                  "SET_BACKEND_REQ_FD", "ADD_MEM_REG", "SET_VRING_CALL", "SET_VRING_KICK", "SET_VRING_ENABLE"):
         with b2.lock:
             b2.answer = {name: "close"}
             before = b2.connections
-        b2.wait(lambda: b2.connections >= before + 2, f"two attempts that end at {name}", 15)
+        b2.wait(lambda: b2.connections >= before + 2, f"two attempts that end at {name}")
         same(b2.writes(), [], "before go")
-    b2.close_after_write = True     # the first kept write, again and again
     with b2.lock:
+        b2.close_after_write = 2    # the first kept write, again and again
         b2.answer = None
-    b2.wait(lambda: len(b2.writes()) >= 2, "kept writes")
-    b2.close_after_write = False
     is_back(m)
+    same(len(b2.writes()), 4, "writes")
     same(set(b2.writes()[:-1]), {(CC, 0x460000)})
     same(b2.writes()[-1], (CC, 0x460001))
     same(m.stderr().count("is tried again"), 1, "warnings")
@@ -253,15 +239,16 @@ def attempts_become_rarer(w):
     b, m = w.pair(options=",reconnect-delay=20")
     with b.lock:
         b.answer = {"GET_FEATURES": "close"}
-    begin = time.monotonic()
     b.die()
-    time.sleep(4)
-    times = [t - begin for t in b.times[1:]]
+    # Two seconds for a machine that has nothing else to do.
+    b.wait(lambda: b.connections > 30, "30 attempts")
+    times = [t - b.times[1] for t in b.times[1:]]
     gaps = [t - s for s, t in zip(times, times[1:])]
-    assert times[0] < 0.2, f"the first attempt after {times[0]:.2f} s"
-    assert 10 < len(times) < 80, f"{len(times)} attempts in 4 s"
-    assert min(gaps) > 0.015, f"attempts within {min(gaps) * 1000:.0f} ms"
-    assert max(gaps[-3:]) > 0.2 > gaps[0], f"gaps of {gaps}"
+    # What the device waits at least, if it reads a clock of milliseconds; this machine may make it any longer.
+    for t, gap in zip(times, gaps):
+        least = max(20, min(math.floor(t * 1000 / 8), 1000)) / 1000
+        assert gap > least - 0.003, f"{gap * 1000:.0f} ms between two attempts, {t * 1000:.0f} ms after the first: {times}"
+    assert min(gaps[:5]) < max(gaps[-3:]), f"gaps of {gaps}"
     with b.lock:
         b.answer = None
     is_back(m)
@@ -269,26 +256,42 @@ def attempts_become_rarer(w):
 
 @test
 def a_back_end_that_hangs_keeps_nobody(w):
-    b, m = w.pair(options=",reply-timeout=1500")
+    b, m = w.hasty(1500)
     killed(b, m)
     b2 = again(w, b, answer={"GET_FEATURES": "silence"})
+    answers_during(m, b2.connection)
     b2.wait(lambda: b2.connections >= 2, "it is dropped, and tried again")
-    responsive(m, 0.3)
+    answers_during(m, b2.connection)
     same(m.read(4, BAR0 + CSTS), 0)
-    says(m.stderr(), "no answer to GET_FEATURES within 1500 ms")
-    with b2.lock:
-        b2.answer = {"SET_BACKEND_REQ_FD": "silence"}
-    # It answers, and hangs then: that is waited for, but not for long, and not often.
-    assert responsive(m, 1.6, 8) > 0.5
+    says(m.stderr(), f"no answer to GET_FEATURES within {m.reply_timeout} ms")
     with b2.lock:
         b2.answer = None
-    b2.wait(lambda: b2.goes(), "go", 15)
+    serves(b2)
     is_back(m)
 
 
 @test
+def a_back_end_that_answers_and_hangs_keeps_nobody_for_long(w):
+    """The machine stands still for a second, and a fifth of the time at most, however long answers may take otherwise."""
+    b, m = w.pair(options=",reply-timeout=1000000")
+    killed(b, m)
+    b2 = again(w, b, answer={"SET_BACKEND_REQ_FD": "silence"})
+    within = wait_until(lambda: re.search(r"is tried again: no answer to \w+ within (\d+) ms", m.stderr()), "it is not dropped")
+    assert int(within[1]) <= 1000, within[0]
+    answers_during(m, b2.pause)
+    same(m.read(4, BAR0 + CSTS), 0)
+    with b2.lock:
+        b2.answer = None
+    serves(b2)
+    is_back(m)
+    # The least of all: what is measured from outside may be longer.
+    assert min(end - begin for begin, end in zip(b2.times, b2.ends)) > 0.99, "a moment is given to it"
+    assert min(t - s for s, t in zip(b2.times, b2.times[1:])) > 4.99, "four times as long it is not tried again"
+
+
+@test
 def a_daemon_that_takes_its_time_to_go_on(w):
-    b, m = w.pair(options=",reply-timeout=800")
+    b, m = w.hasty(2000)
     m.write(4, BAR0 + CC, 0x460001)
     killed(b, m)
     b2 = again(w, b, silent_go=True)
@@ -297,14 +300,14 @@ def a_daemon_that_takes_its_time_to_go_on(w):
     m.write(4, BAR0 + CC, 0x464001)
     same(m.read(4, BAR0 + CC), 0x464001)
     m.write(4, BAR0 + DOORBELLS, 9)
-    responsive(m, 0.3, 0.5)
+    answers_during(m, lambda: b2.connection() and (b2.connection(), len(b2.goes())))
     same(b2.writes(), [])
     serves(b2, 2)
-    says(m.stderr(), "it has not gone on within 800 ms")
+    says(m.stderr(), f"it has not gone on within {m.reply_timeout} ms")
     b2.silent_go = False
     is_back(m)
     same(b2.writes(), [(CC, 0x464001)])
-    assert b2.kicked(0, 2)
+    assert b2.kicked(0, wait=True)
 
 
 @test
@@ -334,7 +337,7 @@ def a_reset_while_the_daemon_is_away(w):
 
 @test
 def a_reset_while_the_daemon_comes_back(w):
-    b, m = w.pair(options=",reply-timeout=500")
+    b, m = w.hasty(2000)
     m.write(4, BAR0 + CC, 0x460001)
     killed(b, m)
     b2 = again(w, b, silent_go=True)
@@ -423,14 +426,14 @@ def unplugged_while_the_daemon_is_away(w):
         m.enable_bars()
         m.write(4, BAR0 + CC, 0x460001)
         killed(b, m)
-        fds = len(os.listdir(f"/proc/{m.pid}/fd"))
+        fds = m.descriptors()
         m.qmp("device_del", id="disk")
         m.out(4, 0xAE10, 0)
         m.out(4, 0xAE08, 1 << 5)
         m.wait_event("DEVICE_DELETED", "disk")
-        assert len(os.listdir(f"/proc/{m.pid}/fd")) <= fds - 8, "descriptors left behind"
+        wait_until(lambda: m.descriptors() <= fds - 8, "descriptors left behind")
         b = again(w, b)
-        time.sleep(0.3)
+        time.sleep(0.3)     # in which nothing is to happen
         same(b.connections, 0, "a device that is gone")
 
 
@@ -462,7 +465,7 @@ def the_machine_starts_before_the_daemon(w):
     for size, offset, value in wanted:
         m.write(size, BAR0 + offset, value)
     same(m.read(4, BAR0 + CSTS), 0, "not ready yet")
-    responsive(m, 0.3, 0.5)
+    responsive(m, 1.2)      # which is longer than the time between two attempts
     b = w.backend()
     serves(b)
     b.wait(lambda: len(b.writes()) == 4, "what was written")
@@ -471,7 +474,7 @@ def the_machine_starts_before_the_daemon(w):
     b.registers[CSTS] = 1
     same(m.read(4, BAR0 + CSTS), 1)
     m.write(4, BAR0 + DOORBELLS, 1)
-    assert b.kicked(0, 2)
+    assert b.kicked(0, wait=True)
     killed(b, m)
     b2 = again(w, b)
     serves(b2)
@@ -493,6 +496,4 @@ def what_is_said_of_a_late_daemon_must_make_sense(w):
     for options, text in ((",wait=off,queues=65", "'queues' is 65"), (",wait=off,queue-entries=1", "'queue-entries' is 1"),
                           (",wait=off,doorbell-stride=11", "'doorbell-stride' is 11")):
         says(w.refused(options=options), text)
-        for name in ("qtest", "qmp"):
-            os.unlink(os.path.join(w.tmp, name))
     says(w.refused(options=LATE, memory="memory-backend-ram,id=mem,size=256M"), "'mem'", "share=on")

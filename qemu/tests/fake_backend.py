@@ -9,6 +9,9 @@ import socket
 import struct
 import threading
 import time
+import traceback
+
+from waiting import PATIENCE, wait_until
 
 REPLY, NEED_REPLY = 4, 8
 NAMES = {
@@ -26,11 +29,19 @@ class Closed(Exception):
     """The front-end closed the connection."""
 
 
+def end(s):
+    try:
+        s.shutdown(socket.SHUT_RDWR)
+    except OSError:     # it has ended
+        pass
+
+
 class Backend:
     """Serves one front-end after the other on `path`. The knobs are attributes to set before start()."""
 
     def __init__(self, path, **knobs):
         self.path = path
+        self.begin = time.monotonic()
         self.vrings = 4
         self.window = 0x1000
         self.dstrd = 0
@@ -47,20 +58,25 @@ class Backend:
         self.no_side = False        # it is not
         self.answer = None          # request name -> bytes to send instead, or "close", or "silence"
         self.refuse = ()            # names of requests to answer with a failure
-        self.close_after_write = False  # do the guest's next register write, and die before it is acknowledged
+        self.close_after_write = 0  # so many of the guest's next register writes it does, and dies before they are acknowledged
         self.silent_go = False      # never acknowledge `go`
         for name, value in knobs.items():
             assert hasattr(self, name), name
             setattr(self, name, value)
         self.lock = threading.Condition()
+        self.asking = threading.Lock()  # one request on the back channel at a time, with its answer
         self.log = []               # (name, body) as they came
+        self.history = []           # lines for people, of all connections
+        self.broke = None           # what went wrong in here
+        self.over = False           # no connection is taken any more
         self.regions = {}           # gpa -> (size, offset, file)
         self.calls, self.kicks, self.enabled = {}, {}, {}
+        self.hoarded = []           # descriptors that came with what was not answered
         self.registers = bytearray(0x1000)
         self.main = self.back = None
         self.connections = 0
         self.connected = False
-        self.times = []             # of the connections
+        self.times, self.ends = [], []  # when connections were taken, and seen to have ended
         self.window_fd = os.dup(self.takes_over.window_fd) if self.takes_over else os.memfd_create("doorbells")
         size = self.window if self.side is None or self.no_side else self.side + 0x1000
         if not self.takes_over:
@@ -93,14 +109,26 @@ class Backend:
         with self.lock:
             self.log.clear()
 
-    def wait(self, condition, what, timeout=10):
-        end = time.monotonic() + timeout
+    def wait(self, condition, what):
+        end = time.monotonic() + PATIENCE
         with self.lock:
-            while not condition():
-                left = end - time.monotonic()
-                if left <= 0:
-                    raise AssertionError(f"{what} has not happened; log: {[n for n, _ in self.log][-12:]}")
-                self.lock.wait(min(left, 0.2))
+            while True:
+                over = time.monotonic() > end
+                if condition():
+                    return
+                assert not self.broke, self.broke
+                assert not over, f"{what} has not happened; log: {[n for n, _ in self.log][-12:]}"
+                self.lock.wait(0.2)
+
+    def connection(self):
+        """The number of the connection that there is, or 0."""
+        with self.lock:
+            return self.connections if self.connected else 0
+
+    def pause(self):
+        """The number of the connection that there was, while there is none; or 0."""
+        with self.lock:
+            return 0 if self.connected else self.connections
 
     def writes(self, first=0, end=0xF00):
         """The register writes so far: (offset, value)."""
@@ -113,10 +141,10 @@ class Backend:
         """What `go` was said with."""
         return [value for _, value in self.writes(0xF30, 0xF34)]
 
-    def kicked(self, vring, timeout=0.0):
-        """Takes a kick of this vring, if there is one within the time."""
+    def kicked(self, vring, wait=False):
+        """Takes a kick of this vring, if there is one; or waits for it."""
         fd = self.kicks[vring]
-        if not select.select([fd], [], [], timeout)[0]:
+        if not select.select([fd], [], [], PATIENCE if wait else 0)[0]:
             return False
         os.read(fd, 8)
         return True
@@ -124,20 +152,29 @@ class Backend:
     def interrupt(self, vector):
         os.write(self.calls[vector], struct.pack("<Q", 1))
 
-    def shmem(self, request, shmid, length=None, offset=0, fd=None, flags=1, need_reply=True):
+    def taken(self, vector):
+        """Waits until somebody in QEMU has read what `interrupt` wrote."""
+        fd = self.calls[vector]
+        wait_until(lambda: not select.select([fd], [], [], 0)[0], "nobody reads the eventfd")
+
+    def shmem(self, request, shmid, **kw):
         """Sends SHMEM_MAP or SHMEM_UNMAP; True if the front-end agreed."""
+        with self.asking:
+            return self._shmem(self.back, request, shmid, **kw)
+
+    def _shmem(self, back, request, shmid, length=None, offset=0, fd=None, flags=1, need_reply=True):
         body = struct.pack("<B7xQQQQ", shmid, 0, offset, self.window if length is None else length, flags)
         message = struct.pack("<III", request, 1 | (NEED_REPLY if need_reply else 0), len(body)) + body
         fds = []
         if request == SHMEM_MAP:
             fds = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [self.window_fd if fd is None else fd]))]
-        self.back.sendmsg([message], fds)
+        back.sendmsg([message], fds)
         if not need_reply:
             return True
-        self.back.settimeout(10)
+        back.settimeout(PATIENCE)
         answer = b""
         while len(answer) < 20:
-            more = self.back.recv(20 - len(answer))
+            more = back.recv(20 - len(answer))
             if not more:
                 raise Closed
             answer += more
@@ -148,38 +185,29 @@ class Backend:
     def die(self):
         """What a killed daemon does: everything closed at once, the window's file with it."""
         # The next connection may be there before this one is closed.
-        ends = self.main, self.back
-        self.back = None
+        with self.lock:
+            ends = self.main, self.back
+            self.back = None
         for s in ends:
             if s:
-                s.shutdown(socket.SHUT_RDWR)
+                end(s)
                 s.close()
 
     def kill(self):
         """Dies, and listens no more: nobody comes in between."""
-        self.listener.shutdown(socket.SHUT_RDWR)
+        # The thread in accept() would keep a socket alive that is only closed.
+        with self.lock:
+            self.over = True
+        end(self.listener)
         self.die()
-        self.thread.join(5)
+        self.thread.join(PATIENCE)
         self.listener.close()
 
-    def stop_listening(self):
-        # The thread in accept() would keep a socket alive that is only closed.
-        self.listener.shutdown(socket.SHUT_RDWR)
-        self.thread.join(5)
-        self.listener.close()
+    stop_listening = kill   # of one that nobody has connected to
 
     def close(self):
-        try:
-            self.listener.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
-        self.listener.close()
-        try:
-            self.die()
-        except OSError:
-            pass
-        self.thread.join(5)
-        for fd in (self.window_fd, *self.calls.values(), *self.kicks.values()):
+        self.kill()
+        for fd in (self.window_fd, *self.calls.values(), *self.kicks.values(), *self.hoarded):
             os.close(fd)
 
     # -- the other side of the connection
@@ -187,28 +215,38 @@ class Backend:
     def _serve(self):
         while True:
             try:
-                self.main, _ = self.listener.accept()
+                s, _ = self.listener.accept()
             except OSError:
                 return
             with self.lock:
+                if self.over:
+                    s.close()
+                    return
+                self.main = s
                 self.connections += 1
                 self.connected = True
                 self.times.append(time.monotonic())
+                self._tell("connected")
+                self.lock.notify_all()
             try:
                 while True:
                     self._request()
-            except (Closed, OSError):
-                pass
+            except (Closed, OSError) as e:
+                how = str(e) or "closed"
+            except Exception:   # noqa: BLE001: whatever it is, a test has to know
+                how = self.broke = "the fake back-end broke: " + traceback.format_exc()
             with self.lock:
                 self.connected = False
+                self.ends.append(time.monotonic())
+                self._tell(how)
                 for _, _, fd in self.regions.values():
                     os.close(fd)
                 self.regions.clear()
                 self.lock.notify_all()
-            try:
-                self.main.close()
-            except OSError:
-                pass
+            s.close()
+
+    def _tell(self, what):
+        self.history.append(f"{time.monotonic() - self.begin:8.3f} s  connection {self.connections}: {what}")
 
     def _receive(self, size, fds):
         data = b""
@@ -228,10 +266,18 @@ class Backend:
         name = NAMES.get(request, str(request))
         with self.lock:
             special = (self.answer or {}).get(name)
+            said = ""
+            if name in ("GET_CONFIG", "SET_CONFIG"):
+                said = f" {struct.unpack_from('<I', body)[0]:#x}"
+            if name == "SET_CONFIG":
+                said += f" = {int.from_bytes(body[12:], 'little'):#x}"
+            self._tell(name + said + (f" (answer: {special})" if special else ""))
         if special == "close":
-            self.main.close()
+            for fd in fds:
+                os.close(fd)
             raise Closed
         if special == "silence":
+            self.hoarded += fds
             return
         if special is not None:
             self.main.sendall(special)
@@ -244,7 +290,7 @@ class Backend:
             self.lock.notify_all()
             at = struct.unpack_from("<I", body)[0] if name == "SET_CONFIG" else None
             if at is not None and at < 0xF00 and self.close_after_write:
-                self.main.close()
+                self.close_after_write -= 1
                 raise Closed
             if at == 0xF30 and self.silent_go:
                 return
@@ -271,7 +317,7 @@ class Backend:
         if name == "SET_BACKEND_REQ_FD":
             self.back = socket.socket(fileno=fds.pop())
             if not self.no_window:
-                threading.Thread(target=self._map_window, daemon=True).start()
+                threading.Thread(target=self._map_window, args=(self.back,), daemon=True).start()
         if name in ("SET_VRING_CALL", "SET_VRING_KICK"):
             held, index = self.calls if name == "SET_VRING_CALL" else self.kicks, struct.unpack("<Q", body)[0] & 0xFF
             if index in held:
@@ -298,8 +344,9 @@ class Backend:
         assert not fds, f"{name} with a descriptor too many"
         return None
 
-    def _map_window(self):
-        try:
-            self.shmem(SHMEM_MAP, 0)
-        except (Closed, OSError):
-            pass
+    def _map_window(self, back):
+        with self.asking:
+            try:
+                self._shmem(back, SHMEM_MAP, 0)
+            except (Closed, OSError):
+                pass

@@ -7,6 +7,7 @@ import time
 
 from fake_backend import Backend
 from machine import Machine
+from waiting import PATIENCE, wait_until
 
 TESTS = []
 DEVICE = "vhost-user-nvme,id=disk,addr=5,socket="
@@ -21,12 +22,14 @@ class World:
     """A temporary directory with what a test starts in it."""
 
     qemu = None     # the binary
+    reports = []    # of the worlds that ended since this was emptied: what was said in them
 
     def __init__(self):
         self.dir = tempfile.TemporaryDirectory(prefix="vun.")
         self.tmp = self.dir.name
         self.socket = os.path.join(self.tmp, "nvme.sock")
         self.backends, self.machines = [], []
+        self.begin = time.monotonic()
 
     def backend(self, **knobs):
         b = Backend(self.socket, **knobs)
@@ -46,6 +49,20 @@ class World:
         b.clear_log()
         return b, m
 
+    def hasty(self, ms, options="", **kw):
+        """A pair whose device waits for answers only so long, `m.reply_timeout`: longer, if even the start takes longer."""
+        for timeout in (ms, ms * 4, ms * 16):
+            try:
+                b, m = self.pair(options=f",reply-timeout={timeout}" + options, **kw)
+                m.reply_timeout = timeout
+                return b, m
+            except AssertionError as e:
+                if f"within {timeout} ms" not in str(e):
+                    raise
+                self.backends.pop().close()
+                said = str(e)
+        raise AssertionError(said)
+
     def refused(self, *args, device=DEVICE, options="", **kw):
         """QEMU must end with status 1 and an error; returns what it said."""
         try:
@@ -56,6 +73,23 @@ class World:
             return text
         raise AssertionError(f"QEMU took it: {m.stderr()}")
 
+    def refused_in_time(self, ms, **kw):
+        """The same of a device that waits for answers only so long, unless this machine is too busy for the first ones."""
+        for timeout in (ms, ms * 4, ms * 16):
+            text = self.refused(options=f",reply-timeout={timeout}", **kw)
+            if "no answer to" not in text:
+                break
+        says(text, f"within {timeout} ms")
+        return text
+
+    def said(self):
+        """What the machine has said, also one that is just starting."""
+        try:
+            with open(os.path.join(self.tmp, "stderr"), encoding="utf-8", errors="replace") as f:
+                return f.read()
+        except FileNotFoundError:
+            return ""
+
     def close(self):
         try:
             for m in self.machines:
@@ -63,9 +97,34 @@ class World:
         finally:
             for m in self.machines:
                 m.kill()
+            self.reports.append(self.report())
             for b in self.backends:
                 b.close()
             self.dir.cleanup()
+        for b in self.backends:
+            assert not b.broke, b.broke
+
+    def report(self):
+        """For whoever has to find out why a test failed."""
+        lines = []
+        for i, m in enumerate(self.machines):
+            lines += [f"QEMU {i} said:"] + m.stderr().splitlines()[-20:]
+        for i, b in enumerate(self.backends):
+            lines += [f"back-end {i}, started at {b.begin - self.begin:.3f} s:"] + squeezed(b.history)[-40:]
+        return lines
+
+
+def squeezed(lines):
+    """Lines that say the same once, and how often."""
+    result, what, times = [], None, 0
+    for line in lines:
+        if line.split("connection", 1)[-1] == what:
+            times += 1
+            result[-1] = f"{line}, {times} times"
+        else:
+            what, times = line.split("connection", 1)[-1], 1
+            result.append(line)
+    return result
 
 
 def same(got, want, what=""):
@@ -78,10 +137,39 @@ def says(text, *parts):
 
 
 def wait_memory(m, address, value):
-    end = time.monotonic() + 5
-    while m.read(4, address) != value:
-        assert time.monotonic() < end, f"no interrupt: {m.read(4, address):#x}"
-        time.sleep(0.01)
+    wait_until(lambda: m.read(4, address) == value, lambda: f"no interrupt: {m.read(4, address):#x}")
+
+
+def answers_during(m, state, times=5):
+    """The main loop answers again and again while `state()` is true and does not change.
+
+    One that waits for something to end answers when it has ended. How fast it answers is the machine's business: if not often
+    enough in one such state, then in another one.
+    """
+    seen, answers, end = None, 0, time.monotonic() + PATIENCE
+    while answers < times:
+        over = time.monotonic() > end
+        before = state()
+        m.qmp("query-status")
+        time.sleep(0.01)    # in which the end of the state is seen, if this answer is due to it
+        if before and state() == before:
+            answers = answers + 1 if before == seen else 1
+            seen = before
+        assert answers >= times or not over, f"the main loop does not answer during {seen}"
+
+
+def responsive(m, seconds):
+    """The main loop answers all the time, for so long: the best of some tries counts, since all here may be held up."""
+    longest = []
+    while len(longest) < 20 and (not longest or min(longest) > 0.3):
+        longest.append(0)
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            begin = time.monotonic()
+            m.qmp("query-status")
+            longest[-1] = max(longest[-1], time.monotonic() - begin)
+            time.sleep(0.01)
+    assert min(longest) <= 0.3, f"in each {seconds} s the main loop stood still for {min(longest):.2f} s"
 
 
 def covers(b, start, end):

@@ -7,6 +7,8 @@ import socket
 import subprocess
 import time
 
+from waiting import PATIENCE, wait_until
+
 BAR0, BAR4 = 0xE0000000, 0xE0100000
 
 
@@ -19,10 +21,12 @@ class Machine:
         self.events = []
         listeners = []
         for name in ("qtest", "qmp"):
+            path = os.path.join(tmp, name)
+            if os.path.exists(path):    # of a machine before this one
+                os.unlink(path)
             s = socket.socket(socket.AF_UNIX)
-            s.bind(os.path.join(tmp, name))
+            s.bind(path)
             s.listen(1)
-            s.settimeout(30)
             listeners.append(s)
         self.stderr_path = os.path.join(tmp, "stderr")
         command = [qemu, "-accel", accel, "-S", "-machine", f"{machine},memory-backend=mem", "-object", memory, "-m", size,
@@ -34,30 +38,32 @@ class Machine:
         try:
             self.qtest = self._accept(listeners[0]).makefile("rw", newline="\n")
             self.monitor = self._accept(listeners[1]).makefile("rw", newline="\n")
-            json.loads(self.monitor.readline())
+            self._monitor_line()
             self.qmp("qmp_capabilities")
         except (OSError, ValueError, AssertionError) as e:
             try:
-                status = self.process.wait(10)
+                status = self.process.wait(PATIENCE)
             except subprocess.TimeoutExpired:
                 self.kill()
-                raise AssertionError(f"QEMU does not come up: {e}") from e
+                raise AssertionError(f"QEMU does not come up: {e}; it said: {self.stderr()}") from e
             raise AssertionError(f"QEMU ended with {status}: {self.stderr()}") from e
         finally:
             for s in listeners:
                 s.close()
 
     def _accept(self, listener):
-        listener.settimeout(0.1)
-        for _ in range(300):
+        def accept():
+            ended = self.process.poll() is not None
             try:
-                s, _ = listener.accept()
-                s.settimeout(30)
-                return s
+                return listener.accept()[0]
             except socket.timeout:
-                if self.process.poll() is not None:
-                    break
-        raise AssertionError("it does not connect")
+                return ended
+
+        listener.settimeout(0.1)
+        s = wait_until(accept, "it does not connect")
+        assert s is not True, "it has ended"
+        s.settimeout(PATIENCE)
+        return s
 
     def stderr(self):
         with open(self.stderr_path, encoding="utf-8", errors="replace") as f:
@@ -68,7 +74,7 @@ class Machine:
         assert self.process.poll() is None, f"QEMU died with {self.process.returncode}: {self.stderr()}"
         try:
             self.qmp("quit")
-            assert self.process.wait(10) == 0, f"QEMU ended with {self.process.returncode}"
+            assert self.process.wait(PATIENCE) == 0, f"QEMU ended with {self.process.returncode}"
         finally:
             if self.process.poll() is None:
                 self.process.kill()
@@ -80,6 +86,11 @@ class Machine:
         self.process.wait()
 
     # -- QMP
+
+    def _monitor_line(self):
+        line = self.monitor.readline()
+        assert line, "the monitor closed"
+        return json.loads(line)
 
     def qmp(self, command, **arguments):
         answer = self.qmp_raw(command, **arguments)
@@ -93,20 +104,40 @@ class Machine:
         self.monitor.write(json.dumps(message) + "\n")
         self.monitor.flush()
         while True:
-            answer = json.loads(self.monitor.readline())
+            answer = self._monitor_line()
             if "event" not in answer:
                 return answer
             self.events.append(answer)
 
     def wait_event(self, name, device=None):
-        for _ in range(100):
-            for e in self.events:
-                if e["event"] == name and (device is None or e.get("data", {}).get("device") == device):
-                    self.events.remove(e)
-                    return e
+        def find():
             self.qmp("query-status")
-            time.sleep(0.05)
-        raise AssertionError(f"no event {name}")
+            return next((e for e in self.events
+                         if e["event"] == name and (device is None or e.get("data", {}).get("device") == device)), None)
+
+        e = wait_until(find, lambda: f"no event {name}; there were {[e['event'] for e in self.events]}", 0.02)
+        self.events.remove(e)
+        return e
+
+    # -- the process
+
+    def descriptors(self):
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+    def idles(self):
+        """In the best of some moments it uses next to no CPU: one that runs in circles has none such."""
+        def ticks():
+            with open(f"/proc/{self.pid}/stat", encoding="ascii") as f:
+                return sum(map(int, f.read().rsplit(")", 1)[1].split()[11:13]))
+
+        shares = []
+        while len(shares) < 10:
+            begin, before = time.monotonic(), ticks()
+            time.sleep(0.5)
+            shares.append((ticks() - before) / os.sysconf("SC_CLK_TCK") / (time.monotonic() - begin))
+            if shares[-1] <= 0.1:
+                return
+        raise AssertionError(f"it uses {min(shares):.0%} of a CPU at least")
 
     # -- qtest
 

@@ -13,7 +13,7 @@ use super::geometry::{Extent, bytes_of};
 use super::{
     Cancelled, Channel, Finished, Geometry, OpenError, Operation, Request, Submitted, Tag, wake,
 };
-use crate::memory::{HostSeg, Recent, Store};
+use crate::memory::{Copier, HostSeg, Store};
 use crate::state::random_id;
 
 /// Zeroing more than this at once would hold up the other queues of a poller: it is done in steps of this many bytes.
@@ -107,7 +107,7 @@ impl MemoryBackend {
         Ok(MemoryChannel {
             geometry: self.geometry,
             store: Arc::clone(&self.store),
-            recent: Recent::default(),
+            copier: Copier::default(),
             jobs: VecDeque::with_capacity(depth as usize),
             wake: wake::event_fd()?,
         })
@@ -174,7 +174,7 @@ struct Job {
 pub struct MemoryChannel {
     geometry: Geometry,
     store: Arc<Store>,
-    recent: Recent,
+    copier: Copier,
     jobs: VecDeque<Job>,
     /// Readable while there are jobs.
     wake: OwnedFd,
@@ -247,11 +247,13 @@ impl Channel for MemoryChannel {
             Operation::Read => {
                 let ok = self
                     .store
-                    .read_into(&request.data, extent.start, &mut self.recent);
+                    .read_into(&request.data, extent.start, &mut self.copier);
                 done(&self.store, ok)
             }
             Operation::Write { .. } => {
-                let ok = self.store.write_from(&request.data, extent.start);
+                let ok = self
+                    .store
+                    .write_from(&request.data, extent.start, &mut self.copier);
                 done(&self.store, ok)
             }
             Operation::Compare => match self.store.compare(&request.data, extent.start) {
@@ -268,13 +270,15 @@ impl Channel for MemoryChannel {
     }
 
     #[inline]
-    fn prefetch(&self, operation: Operation, slba: u64, memory: &[HostSeg]) {
+    fn prefetch(&mut self, operation: Operation, slba: u64, memory: &[HostSeg]) {
         let Some(first) = memory.first() else { return };
         match operation {
-            Operation::Read => self
-                .store
-                .prefetch_read(slba << self.geometry.block_shift, first.len()),
-            Operation::Write { .. } => self.store.prefetch_write(first),
+            Operation::Read => self.store.prefetch_read(
+                slba << self.geometry.block_shift,
+                first.len(),
+                &mut self.copier,
+            ),
+            Operation::Write { .. } => self.store.prefetch_write(first, &mut self.copier),
             _ => {}
         }
     }
@@ -358,7 +362,11 @@ mod tests {
         let segs = [HostSeg::of_slice(&mut data)];
         // SAFETY: `data` outlives the call, which finishes at once.
         let buffers = unsafe { Buffers::new(&segs) };
-        assert!(backend.store.write_from(&buffers, 0));
+        assert!(
+            backend
+                .store
+                .write_from(&buffers, 0, &mut Copier::default())
+        );
         assert_eq!(backend.allocated_blocks(), 64 << 8);
         let mut out = Vec::with_capacity(4);
         // SAFETY: no memory.

@@ -178,7 +178,7 @@ pub trait Channel: Send {
 
     /// A request like this, with this memory, comes next: bring near what it needs. Only a hint; costs little.
     #[inline]
-    fn prefetch(&self, operation: Operation, slba: u64, memory: &[HostSeg]) {
+    fn prefetch(&mut self, operation: Operation, slba: u64, memory: &[HostSeg]) {
         let _ = (operation, slba, memory);
     }
 

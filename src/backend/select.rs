@@ -272,7 +272,7 @@ impl Channel for AnyChannel {
     }
 
     #[inline]
-    fn prefetch(&self, operation: Operation, slba: u64, memory: &[HostSeg]) {
+    fn prefetch(&mut self, operation: Operation, slba: u64, memory: &[HostSeg]) {
         each!(self, c => c.prefetch(operation, slba, memory))
     }
 

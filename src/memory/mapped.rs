@@ -13,7 +13,7 @@ use std::sync::atomic::{Ordering, fence};
 
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::copy::Recent;
+use super::copy::Copier;
 use super::mapping::{Mapping, PAGE, Stored, whole_pages};
 use super::sigbus::{self, Guard};
 use super::{Buffers, HostSeg};
@@ -58,8 +58,8 @@ impl MappedFile {
     /// Copy from byte `offset` on into `data`. `false`: what is in `data` now means nothing.
     #[inline]
     #[must_use]
-    pub fn read_into(&self, data: &Buffers<'_>, offset: u64, recent: &mut Recent) -> bool {
-        if !self.is_whole() || !self.stored.read_into(data, offset, recent) {
+    pub fn read_into(&self, data: &Buffers<'_>, offset: u64, copier: &mut Copier) -> bool {
+        if !self.is_whole() || !self.stored.read_into(data, offset, copier) {
             return false;
         }
         // First the copy, then the look: the guard marks the range before it replaces it.
@@ -70,8 +70,8 @@ impl MappedFile {
     /// Copy `data` to byte `offset` on; the file must be mapped for writing. `false`: it may be there or not.
     #[inline]
     #[must_use]
-    pub fn write_from(&self, data: &Buffers<'_>, offset: u64) -> bool {
-        if !self.is_whole() || !self.stored.write_from(data, offset) {
+    pub fn write_from(&self, data: &Buffers<'_>, offset: u64, copier: &mut Copier) -> bool {
+        if !self.is_whole() || !self.stored.write_from(data, offset, copier) {
             return false;
         }
         // Stores must not be outrun by the look.
@@ -81,14 +81,14 @@ impl MappedFile {
 
     /// Ask for the bytes from `offset` on, which a [`Self::read_into`] will soon copy.
     #[inline]
-    pub fn prefetch_read(&self, offset: u64, len: usize) {
-        self.stored.prefetch_read(offset, len);
+    pub fn prefetch_read(&self, offset: u64, len: usize, copier: &mut Copier) {
+        self.stored.prefetch_read(offset, len, copier);
     }
 
     /// Ask for a guest's bytes, which a [`Self::write_from`] will soon copy.
     #[inline]
-    pub fn prefetch_write(&self, first: &HostSeg) {
-        self.stored.prefetch_write(first);
+    pub fn prefetch_write(&self, first: &HostSeg, copier: &mut Copier) {
+        Stored::prefetch_write(first, copier);
     }
 }
 
@@ -181,15 +181,23 @@ mod tests {
         let file = file(20_000);
         let map = MappedFile::new(&file, 20_000, true).unwrap();
         let mut data: Vec<u8> = (0..9000u32).map(|i| i as u8).collect();
-        assert!(with(&mut data, |b| map.write_from(b, 11_000)));
+        assert!(with(&mut data, |b| map.write_from(
+            b,
+            11_000,
+            &mut Copier::default()
+        )));
         assert!(
-            !with(&mut data, |b| map.write_from(b, 11_001)),
+            !with(&mut data, |b| map.write_from(
+                b,
+                11_001,
+                &mut Copier::default()
+            )),
             "beyond the end"
         );
         assert!(!with(&mut data, |b| map.read_into(
             b,
             u64::MAX,
-            &mut Recent::default()
+            &mut Copier::default()
         )));
         let mut back = vec![0; 9000];
         let from = Direction::FromFile;
@@ -202,7 +210,7 @@ mod tests {
         assert!(with(&mut back, |b| map.read_into(
             b,
             5,
-            &mut Recent::default()
+            &mut Copier::default()
         )));
         assert_eq!(back, data);
     }
@@ -212,14 +220,22 @@ mod tests {
         let file = file(20_000);
         let map = MappedFile::new(&file, 20_000, true).unwrap();
         let mut data = vec![1; 5000];
-        assert!(with(&mut data, |b| map.write_from(b, 0)));
+        assert!(with(&mut data, |b| map.write_from(
+            b,
+            0,
+            &mut Copier::default()
+        )));
         ftruncate(&file, 6000).unwrap();
-        assert!(!with(&mut data, |b| map.write_from(b, 5000)));
+        assert!(!with(&mut data, |b| map.write_from(
+            b,
+            5000,
+            &mut Copier::default()
+        )));
         assert!(!map.is_whole());
         assert!(!with(&mut data, |b| map.read_into(
             b,
             0,
-            &mut Recent::default()
+            &mut Copier::default()
         )));
     }
 }

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
-use super::copy::{Copy, Recent, prefetch};
+use super::copy::{Copier, Copy};
 use super::{Buffers, HostSeg, Region};
 
 /// Size of a normal page.
@@ -230,16 +230,17 @@ impl Stored {
     /// Copy from byte `offset` on into `data`, all of it. `false`, and nothing done, if that is not inside.
     #[inline]
     #[must_use]
-    pub fn read_into(&self, data: &Buffers<'_>, offset: u64, recent: &mut Recent) -> bool {
+    pub fn read_into(&self, data: &Buffers<'_>, offset: u64, copier: &mut Copier) -> bool {
         let Some(from) = self.at(offset, data.len() as u64) else {
             return false;
         };
         data.each(0, data.len(), |ptr, done, n| {
+            let way = copier.way(ptr, n);
             // SAFETY: `each` gives `n` bytes of foreign memory that is alive, and `done + n` is at most `data.len()`, which
             // `at` found inside our mapping. The mapping is ours alone, so that the two cannot overlap. Others may copy
             // the same bytes meanwhile: this is a plain copy of bytes (memcpy) between memories no reference
             // points to, any mixture of old and new bytes is a valid outcome, and nothing is decided by them.
-            unsafe { recent.way(ptr, n).copy(from.add(done), ptr, n) }
+            unsafe { copier.copy(way, from.add(done), ptr, n) }
         });
         true
     }
@@ -247,28 +248,28 @@ impl Stored {
     /// Copy all of `data` to byte `offset` on; mapped for writing. `false`, and nothing done, if that is not inside.
     #[inline]
     #[must_use]
-    pub fn write_from(&self, data: &Buffers<'_>, offset: u64) -> bool {
+    pub fn write_from(&self, data: &Buffers<'_>, offset: u64, copier: &mut Copier) -> bool {
         let Some(to) = self.at(offset, data.len() as u64) else {
             return false;
         };
         data.each(0, data.len(), |ptr, done, n| {
             // SAFETY: as in `read_into`, the other way.
-            unsafe { self.into.copy(ptr, to.add(done), n) }
+            unsafe { copier.copy(self.into, ptr, to.add(done), n) }
         });
         true
     }
 
     /// Ask for the bytes from `offset` on, which a [`Self::read_into`] will soon copy.
     #[inline]
-    pub fn prefetch_read(&self, offset: u64, len: usize) {
+    pub fn prefetch_read(&self, offset: u64, len: usize, copier: &mut Copier) {
         if let Some(from) = self.at(offset, len as u64) {
-            prefetch(from, len);
+            copier.expect(from, len);
         }
     }
 
     /// Ask for a guest's bytes, which a [`Self::write_from`] will soon copy.
     #[inline]
-    pub fn prefetch_write(&self, first: &HostSeg) {
-        prefetch(first.ptr(), first.len());
+    pub fn prefetch_write(first: &HostSeg, copier: &mut Copier) {
+        copier.expect(first.ptr(), first.len());
     }
 }

@@ -6,6 +6,7 @@
 //! Bytes in these places may change under us at any time. Nothing here hands out a reference to them: every access is a
 //! copy or an atomic, so that a value that was checked is the value that is used.
 
+mod ahead;
 mod copy;
 pub(crate) mod crash_point;
 mod held;
@@ -21,7 +22,7 @@ mod vm;
 mod window;
 mod words;
 
-pub use copy::Recent;
+pub use copy::Copier;
 pub(crate) use held::Held;
 pub use map::{GuestMap, MapError, Near, Region};
 pub(crate) use mapped::{Direction, MappedFile, transfer};

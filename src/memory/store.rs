@@ -14,7 +14,7 @@ use std::sync::atomic::{Ordering, compiler_fence};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::FallocateFlags;
 
-use super::copy::Recent;
+use super::copy::Copier;
 use super::crash_point;
 use super::mapping::{HUGE_PAGE, Mapping, PAGE, Stored, sealed, whole_pages};
 use super::sigbus::{self, Guard};
@@ -132,30 +132,30 @@ impl Store {
     /// Copy from byte `offset` on into `data`, all of it. `false`, and nothing done, if that is not inside.
     #[inline]
     #[must_use]
-    pub fn read_into(&self, data: &Buffers<'_>, offset: u64, recent: &mut Recent) -> bool {
-        self.whole_after(self.stored.read_into(data, offset, recent))
+    pub fn read_into(&self, data: &Buffers<'_>, offset: u64, copier: &mut Copier) -> bool {
+        self.whole_after(self.stored.read_into(data, offset, copier))
     }
 
     /// Copy all of `data` to byte `offset` on. `false`, and nothing done, if that is not inside.
     #[inline]
     #[must_use]
-    pub fn write_from(&self, data: &Buffers<'_>, offset: u64) -> bool {
+    pub fn write_from(&self, data: &Buffers<'_>, offset: u64, copier: &mut Copier) -> bool {
         if !crash_point::store_happens() {
             return true;
         }
-        self.whole_after(self.stored.write_from(data, offset))
+        self.whole_after(self.stored.write_from(data, offset, copier))
     }
 
     /// Ask for the bytes from `offset` on, which a [`Self::read_into`] will soon copy.
     #[inline]
-    pub fn prefetch_read(&self, offset: u64, len: usize) {
-        self.stored.prefetch_read(offset, len);
+    pub fn prefetch_read(&self, offset: u64, len: usize, copier: &mut Copier) {
+        self.stored.prefetch_read(offset, len, copier);
     }
 
     /// Ask for a guest's bytes, which a [`Self::write_from`] will soon copy.
     #[inline]
-    pub fn prefetch_write(&self, first: &HostSeg) {
-        self.stored.prefetch_write(first);
+    pub fn prefetch_write(&self, first: &HostSeg, copier: &mut Copier) {
+        Stored::prefetch_write(first, copier);
     }
 
     /// Whether the bytes from `offset` on are those of `data`; `None` if they are not inside.
@@ -223,7 +223,11 @@ impl Store {
     pub(crate) fn put(&self, offset: u64, bytes: &mut [u8]) -> bool {
         let segs = [HostSeg::of_slice(bytes)];
         // SAFETY: the bytes outlive the call and are not touched in it.
-        self.write_from(&unsafe { Buffers::new(&segs) }, offset)
+        self.write_from(
+            &unsafe { Buffers::new(&segs) },
+            offset,
+            &mut Copier::default(),
+        )
     }
 
     /// Load bytes.
@@ -232,7 +236,7 @@ impl Store {
         let segs = [HostSeg::of_slice(&mut bytes)];
         // SAFETY: as above.
         let data = unsafe { Buffers::new(&segs) };
-        let ok = self.read_into(&data, offset, &mut Recent::default());
+        let ok = self.read_into(&data, offset, &mut Copier::default());
         ok.then_some(bytes)
     }
 
@@ -262,18 +266,26 @@ mod tests {
 
     #[test]
     fn bytes_come_back_and_bounds_hold() {
-        let mut recent = Recent::default();
+        let mut copier = Copier::default();
         let store = Store::new(10_000, false).unwrap();
         let mut data: Vec<u8> = (0..9000u32).map(|i| i as u8).collect();
-        assert!(with(&mut data, |b| store.write_from(b, 1000)));
-        assert!(!with(&mut data, |b| store.write_from(b, 1001)));
+        assert!(with(&mut data, |b| store.write_from(
+            b,
+            1000,
+            &mut Copier::default()
+        )));
+        assert!(!with(&mut data, |b| store.write_from(
+            b,
+            1001,
+            &mut Copier::default()
+        )));
         assert!(!with(&mut data, |b| store.read_into(
             b,
             u64::MAX,
-            &mut recent
+            &mut copier
         )));
         let mut back = vec![0xee; 9000];
-        assert!(with(&mut back, |b| store.read_into(b, 1000, &mut recent)));
+        assert!(with(&mut back, |b| store.read_into(b, 1000, &mut copier)));
         assert_eq!(back, data);
         assert_eq!(with(&mut data, |b| store.compare(b, 1000)), Some(true));
         assert_eq!(with(&mut data, |b| store.compare(b, 1001)), None);
@@ -286,17 +298,21 @@ mod tests {
 
     #[test]
     fn zeroing_frees_whole_pages_and_only_what_was_asked() {
-        let mut recent = Recent::default();
+        let mut copier = Copier::default();
         let store = Store::new(64 << 10, false).unwrap();
         let mut data = vec![7; 64 << 10];
-        assert!(with(&mut data, |b| store.write_from(b, 0)));
+        assert!(with(&mut data, |b| store.write_from(
+            b,
+            0,
+            &mut Copier::default()
+        )));
         let full = store.allocated();
         assert_eq!(full, 64 << 10);
         assert!(store.zero(100, 40_000));
         assert!(!store.zero(100, 64 << 10));
         assert!(!store.zero(u64::MAX, 2));
         assert!(store.allocated() < full);
-        assert!(with(&mut data, |b| store.read_into(b, 0, &mut recent)));
+        assert!(with(&mut data, |b| store.read_into(b, 0, &mut copier)));
         let zero = |i: usize| (100..40_100).contains(&i);
         assert!(
             data.iter()

@@ -80,7 +80,7 @@ pub(super) struct Work<'a> {
 impl Work<'_> {
     /// Take the next command of a queue, which has one, with a slot for it. `false` if there is no slot after all.
     #[inline]
-    pub fn prepare(&self, slots: &mut Slots, sq: &mut Sq, out: &mut Prepared) -> bool {
+    pub fn prepare(&mut self, slots: &mut Slots, sq: &mut Sq, out: &mut Prepared) -> bool {
         let Some(tag) = slots.take() else {
             return false;
         };
@@ -95,7 +95,7 @@ impl Work<'_> {
     /// Check a command that was taken from this queue at some time, and has this slot.
     #[inline]
     pub fn check(
-        &self,
+        &mut self,
         slots: &mut Slots,
         sq: &mut Sq,
         tag: u32,
@@ -138,7 +138,8 @@ impl Work<'_> {
             Ok(n) => {
                 // At most MAX_SEGMENTS.
                 out.segments = n as u16;
-                if let (Some(channel), Some(memory)) = (self.channels.get(namespace), room.get(..n))
+                if let (Some(channel), Some(memory)) =
+                    (self.channels.get_mut(namespace), room.get(..n))
                 {
                     channel.prefetch(operation, slba, memory);
                 }

@@ -13,7 +13,7 @@ use super::resident::{MAX_AT_ONCE, Resident};
 use super::{Shared, known};
 use crate::backend::geometry::Extent;
 use crate::backend::{Operation, Request, error};
-use crate::memory::Recent;
+use crate::memory::Copier;
 
 /// Compare and Verify read so much at a time.
 const PIECE: usize = 16 << 10;
@@ -25,13 +25,15 @@ impl Shared {
         &self,
         request: &Request<'_>,
         extent: &Extent,
-        recent: &mut Recent,
+        copier: &mut Copier,
     ) -> Option<Status> {
         let resident = self.resident.as_ref()?;
         let len = (extent.end - extent.start) as usize;
         let moved = match request.operation {
-            Operation::Read => resident.read(&self.file, &request.data, extent.start, recent),
-            Operation::Write { .. } => resident.write(&self.file, &request.data, extent.start),
+            Operation::Read => resident.read(&self.file, &request.data, extent.start, copier),
+            Operation::Write { .. } => {
+                resident.write(&self.file, &request.data, extent.start, copier)
+            }
             _ => return self.others_at_once(resident, request, extent),
         };
         Some(match moved {

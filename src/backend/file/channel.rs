@@ -23,7 +23,7 @@ use crate::backend::{
     Cancelled, Channel, Finished, Geometry, OpenError, Operation, Request, Submitted, Tag, error,
     wake,
 };
-use crate::memory::{Held, HostSeg, Recent};
+use crate::memory::{Copier, Held, HostSeg};
 
 /// Bounce buffers of a channel at most: requests that need one and find none wait.
 const MAX_BOUNCES: u32 = 16;
@@ -45,7 +45,7 @@ pub struct FileChannel {
     geometry: Geometry,
     shared: Arc<Shared>,
     /// For files that are memory.
-    recent: Recent,
+    copier: Copier,
     slots: Vec<Slot>,
     for_bounce: VecDeque<Tag>,
     for_room: VecDeque<Tag>,
@@ -89,7 +89,7 @@ impl FileChannel {
             shared: Arc::clone(shared),
             ring,
             polled,
-            recent: Recent::default(),
+            copier: Copier::default(),
             slots: (0..depth).map(|_| Slot::new()).collect(),
             for_bounce: VecDeque::with_capacity(depth as usize),
             for_room: VecDeque::with_capacity(depth as usize),
@@ -444,7 +444,7 @@ impl Channel for FileChannel {
             Err(status) => return Submitted::Done(status),
         };
         let len = extent.end - extent.start;
-        if let Some(status) = self.shared.at_once(request, &extent, &mut self.recent) {
+        if let Some(status) = self.shared.at_once(request, &extent, &mut self.copier) {
             return Submitted::Done(status);
         }
         let Some(step) = self.first_step(request, extent.start, len) else {
@@ -474,9 +474,14 @@ impl Channel for FileChannel {
     }
 
     #[inline]
-    fn prefetch(&self, operation: Operation, slba: u64, memory: &[HostSeg]) {
+    fn prefetch(&mut self, operation: Operation, slba: u64, memory: &[HostSeg]) {
         if let Some(resident) = &self.shared.resident {
-            resident.prefetch(operation, slba << self.geometry.block_shift, memory);
+            resident.prefetch(
+                operation,
+                slba << self.geometry.block_shift,
+                memory,
+                &mut self.copier,
+            );
         }
     }
 

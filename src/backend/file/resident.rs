@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rustix::fs::SeekFrom;
 
 use crate::backend::Operation;
-use crate::memory::{Buffers, Direction, HostSeg, MappedFile, Recent, transfer};
+use crate::memory::{Buffers, Copier, Direction, HostSeg, MappedFile, transfer};
 
 const PAGE_SHIFT: u32 = 12;
 
@@ -150,13 +150,13 @@ impl Resident {
         file: &File,
         data: &Buffers<'_>,
         offset: u64,
-        recent: &mut Recent,
+        copier: &mut Copier,
     ) -> io::Result<usize> {
         let pages = pages(offset, data.len());
         let mapping = self.mapping.as_ref();
         if let Some(m) = mapping
             && m.there.all(pages.clone())
-            && m.map.read_into(data, offset, recent)
+            && m.map.read_into(data, offset, copier)
         {
             return Ok(data.len());
         }
@@ -175,12 +175,18 @@ impl Resident {
     ///
     /// As `pwritev`.
     #[inline]
-    pub fn write(&self, file: &File, data: &Buffers<'_>, offset: u64) -> io::Result<usize> {
+    pub fn write(
+        &self,
+        file: &File,
+        data: &Buffers<'_>,
+        offset: u64,
+        copier: &mut Copier,
+    ) -> io::Result<usize> {
         let pages = pages(offset, data.len());
         let mapping = self.mapping.as_ref();
         if let Some(m) = mapping
             && m.there.all(pages.clone())
-            && m.map.write_from(data, offset)
+            && m.map.write_from(data, offset, copier)
         {
             return Ok(data.len());
         }
@@ -195,13 +201,19 @@ impl Resident {
 
     /// A request like this comes next.
     #[inline]
-    pub fn prefetch(&self, operation: Operation, offset: u64, memory: &[HostSeg]) {
+    pub fn prefetch(
+        &self,
+        operation: Operation,
+        offset: u64,
+        memory: &[HostSeg],
+        copier: &mut Copier,
+    ) {
         let (Some(m), Some(first)) = (&self.mapping, memory.first()) else {
             return;
         };
         match operation {
-            Operation::Read => m.map.prefetch_read(offset, first.len()),
-            Operation::Write { .. } => m.map.prefetch_write(first),
+            Operation::Read => m.map.prefetch_read(offset, first.len(), copier),
+            Operation::Write { .. } => m.map.prefetch_write(first, copier),
             _ => {}
         }
     }
@@ -295,10 +307,13 @@ mod tests {
         let m = r.mapping.as_ref().unwrap();
         let mut data = vec![7; 4096];
         let at = 1000 << 12;
-        assert_eq!(with(&mut data, |b| r.write(&file, b, at)).unwrap(), 4096);
+        assert_eq!(
+            with(&mut data, |b| r.write(&file, b, at, &mut Copier::default())).unwrap(),
+            4096
+        );
         let mut read = |page: u64| {
-            let recent = &mut Recent::default();
-            with(&mut data, |b| r.read(&file, b, page << 12, recent)).unwrap()
+            let copier = &mut Copier::default();
+            with(&mut data, |b| r.read(&file, b, page << 12, copier)).unwrap()
         };
         assert_eq!(read(5), 4096);
         assert!(m.hole.all(5..1000) && !m.hole.all(4..5) && !m.hole.all(1000..1001));
@@ -320,7 +335,7 @@ mod tests {
                     &file,
                     b,
                     4096,
-                    &mut Recent::default()
+                    &mut Copier::default()
                 ))
                 .unwrap(),
                 8192
@@ -330,7 +345,16 @@ mod tests {
         assert_eq!(allocated(&file), 0);
         assert!(m.hole.all(1..3) && !m.there.all(1..2));
         data.fill(9);
-        assert_eq!(with(&mut data, |b| r.write(&file, b, 4096)).unwrap(), 8192);
+        assert_eq!(
+            with(&mut data, |b| r.write(
+                &file,
+                b,
+                4096,
+                &mut Copier::default()
+            ))
+            .unwrap(),
+            8192
+        );
         assert!(m.there.all(1..3));
         data.fill(0);
         assert_eq!(
@@ -338,7 +362,7 @@ mod tests {
                 &file,
                 b,
                 6144,
-                &mut Recent::default()
+                &mut Copier::default()
             ))
             .unwrap(),
             8192
@@ -351,7 +375,7 @@ mod tests {
                 &file,
                 b,
                 8192,
-                &mut Recent::default()
+                &mut Copier::default()
             ))
             .unwrap(),
             8192
@@ -366,22 +390,34 @@ mod tests {
         let file = file(1 << 20);
         let r = Resident::new(&file, 1 << 20, true);
         let mut data = vec![1; 1 << 20];
-        assert_eq!(with(&mut data, |b| r.write(&file, b, 0)).unwrap(), 1 << 20);
+        assert_eq!(
+            with(&mut data, |b| r.write(&file, b, 0, &mut Copier::default())).unwrap(),
+            1 << 20
+        );
         file.set_len(8192).unwrap();
         assert_eq!(
-            with(&mut data, |b| r.read(&file, b, 0, &mut Recent::default())).unwrap(),
+            with(&mut data, |b| r.read(&file, b, 0, &mut Copier::default())).unwrap(),
             8192
         );
         assert!(!r.is_mapped());
         let mut data = vec![2; 8192];
-        assert_eq!(with(&mut data, |b| r.write(&file, b, 8192)).unwrap(), 8192);
+        assert_eq!(
+            with(&mut data, |b| r.write(
+                &file,
+                b,
+                8192,
+                &mut Copier::default()
+            ))
+            .unwrap(),
+            8192
+        );
         assert_eq!(file.metadata().unwrap().len(), 16384);
         assert_eq!(
             with(&mut data, |b| r.read(
                 &file,
                 b,
                 4096,
-                &mut Recent::default()
+                &mut Copier::default()
             ))
             .unwrap(),
             8192
