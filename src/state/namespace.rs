@@ -125,6 +125,7 @@ impl Keep {
                 "the data of a memory namespace will not survive this process: {why}"
             );
         };
+        let mut no_file = None;
         if wish != HugeWish::Never {
             let made = match hugetlbfs() {
                 Some(mount) => place.huge(&mount, nsid, len),
@@ -133,17 +134,28 @@ impl Keep {
             match made {
                 Ok(kept) => return Some(kept),
                 // Without a mount they can be had all the same.
-                Err(e)
-                    if wish == HugeWish::Always || free_huge_pages() >= len.div_ceil(HUGE_PAGE) =>
-                {
+                Err(e) if wish == HugeWish::Always => {
                     lost(&format!("it has huge pages, and no file for them: {e}"));
                     return None;
                 }
-                Err(_) => {}
+                Err(e) => no_file = Some(e),
             }
         }
         match place.normal(nsid, len) {
-            Ok(kept) => Some(kept),
+            Ok(kept) => {
+                // To find the data again is worth more than huge pages.
+                if let Some(cause) = no_file
+                    && free_huge_pages() >= len.div_ceil(HUGE_PAGE)
+                {
+                    tracing::info!(
+                        nsid,
+                        %cause,
+                        "huge pages are free, but there is no file for them: a memory namespace has normal ones, so that its data survives \
+                         this process (to change that: mount -t hugetlbfs hugetlbfs /dev/hugepages, and let the daemon write there)"
+                    );
+                }
+                Some(kept)
+            }
             Err(e) => {
                 lost(&e.to_string());
                 None
@@ -347,6 +359,20 @@ mod tests {
         assert!(keep.store(3, 1 << 60, HugeWish::Never).is_none(), "no room");
         keep.clear().unwrap();
         assert!(Keep::nowhere().store(1, 4096, HugeWish::Never).is_none());
+    }
+
+    /// Whether huge pages are free or not, and whether there is a hugetlbfs or not.
+    #[test]
+    fn what_need_not_be_huge_always_survives() {
+        let Some((_root, keep)) = place() else { return };
+        let first = keep.store(1, 4 << 20, HugeWish::IfFree).unwrap();
+        assert!(first.store.put(5000, &mut [1, 2, 3]));
+        drop(first);
+        let again = keep.store(1, 4 << 20, HugeWish::IfFree).unwrap();
+        assert!(again.found);
+        assert_eq!(read(&again), [1, 2, 3]);
+        drop(again);
+        keep.clear().unwrap();
     }
 
     #[test]
