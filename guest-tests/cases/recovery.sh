@@ -2,6 +2,8 @@
 # A daemon that is killed and started again, again and again, under a guest that does verified I/O and is to notice nothing.
 # shellcheck disable=SC2054,SC2154 # the commas are QEMU's; what is not assigned here is of scripts/lib
 
+cases_of recovery
+
 # daemon_disturbed: what happens to the daemon, once. Another kind of disturbance is another function for recovery_case.
 daemon_killed() {
 	daemon_again

@@ -3,6 +3,8 @@
 # a guest (L2, under KVM) whose own driver does verified I/O on them. Needs scripts/lib/ssd.sh.
 # shellcheck disable=SC2054,SC2154 # the commas are QEMU's; SSD_ARGS is of scripts/lib/ssd.sh
 
+cases_of ssd
+
 _ssd_factor=${VM_TIMEOUT_FACTOR:-1}
 
 # _ssd_boot LIMIT L1-COMMAND [REGEX]: starts L1 with the SSDs that were added; REGEX is what its kernel may say besides

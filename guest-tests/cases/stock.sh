@@ -2,6 +2,8 @@
 # Debian's own QEMU, nothing of ours in it: the same cases over vfio-user.
 # shellcheck disable=SC2154 # _note_oacs is of matrix.sh
 
+cases_of vfio-user
+
 # A directory with a socket named cntrl in it, which is what some clients are given.
 cntrl_case() {
 	mkdir -p -- "$CASE_DIR/vm1"

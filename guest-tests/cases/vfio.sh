@@ -1,6 +1,8 @@
 # shellcheck shell=bash
 # VFIO: a guest with an IOMMU and SSDs that QEMU emulates; in it scripts/setup-host, the daemon's refusals, and our VFIO code.
 
+cases_of ssd
+
 # vfio_case KIND QEMU-ARGUMENT...: KIND is for guest/vfio.sh
 vfio_case() {
 	local kind=$1 tree=$CASE_DIR/tree n file

@@ -1,9 +1,11 @@
 # shellcheck shell=bash
 # cases.sh - runs test cases, some at a time, each in a subshell with a directory of its own, and counts. Needs common.sh.
 #
+#   cases_of GROUP                    the cases registered from here on are of this group
 #   test_case [--limit S] [--alone] NAME FUNCTION [ARG...]    registers; --alone: nothing else runs beside it (timing)
-#   only_cases REGEX [-v]             from here on there are only those whose names match (or, with -v, do not match)
-#   run_cases JOBS DIR LOGS FILTER    runs those whose name contains FILTER; logs of failing ones are kept in LOGS
+#   only_groups GROUP...              from here on there are only the cases of these
+#   case_names FILTER                 prints the names that contain FILTER, one a line
+#   run_cases JOBS DIR LOGS FILTER    runs those; those that may take longest begin first, and logs of failing ones are kept in LOGS
 #   verdict PASS|FAIL|SKIP NAME SECONDS [REASON]              prints and counts one entry
 #   count PASSED FAILED SKIPPED       counts entries that were printed by another runner
 #   final_line                        `N passed, N failed[, N skipped]`; status 1 if anything failed or nothing ran
@@ -15,10 +17,12 @@
 #   died REASON                       ends the case as one that could not be judged, since its emulated machine died by itself: it is run
 #                                     again from the start, at most CASE_RUNS times in all; its line says how often
 
-_cases_regex='' _cases_match=0
-_case_names=() _case_limits=() _case_alone=() _case_calls=()
+_case_group='' _only_groups=()
+_case_names=() _case_groups=() _case_limits=() _case_alone=() _case_calls=()
 CASE_RUNS=3
 TESTS_PASSED=0 TESTS_FAILED=0 TESTS_SKIPPED=0
+
+cases_of() { _case_group=$1; }
 
 test_case() {
 	local limit=150 alone=''
@@ -32,6 +36,7 @@ test_case() {
 	done
 	_case_names+=("$1")
 	shift
+	_case_groups+=("$_case_group")
 	_case_limits+=("$limit")
 	_case_alone+=("$alone")
 	_case_calls+=("$(printf '%q ' "$@")")
@@ -77,21 +82,17 @@ final_line() {
 	((TESTS_FAILED == 0 && TESTS_PASSED > 0))
 }
 
-only_cases() {
-	_cases_regex=$1 _cases_match=0
-	[[ ${2:-} != -v ]] || _cases_match=1
-}
-# _case_wanted NAME FILTER
+only_groups() { _only_groups=("$@"); }
+# _case_wanted INDEX FILTER
 _case_wanted() {
-	local rc=0
-	[[ $1 =~ $_cases_regex ]] || rc=1
-	((rc == _cases_match)) && [[ $1 == *"$2"* ]]
+	[[ ${_case_names[$1]} == *"$2"* ]] || return 1
+	((${#_only_groups[@]} == 0)) || [[ " ${_only_groups[*]} " == *" ${_case_groups[$1]} "* ]]
 }
 
 case_names() {
-	local name
-	for name in "${_case_names[@]}"; do
-		if _case_wanted "$name" "${1:-}"; then echo "$name"; fi
+	local i
+	for i in "${!_case_names[@]}"; do
+		if _case_wanted "$i" "${1:-}"; then echo "${_case_names[i]}"; fi
 	done
 }
 
@@ -99,9 +100,10 @@ declare -A _case_pid=() _case_start=() _case_late=() _case_run=()
 
 run_cases() {
 	local jobs=$1 dir=$2 logs=$3 filter=$4 todo=() i
-	for i in "${!_case_names[@]}"; do
-		if _case_wanted "${_case_names[i]}" "$filter"; then todo+=("$i"); fi
-	done
+	# Long ones first, so that little is left to wait for at the end; those that want to be alone last.
+	mapfile -t todo < <(for i in "${!_case_names[@]}"; do
+		if _case_wanted "$i" "$filter"; then echo "${_case_alone[i]:-0} ${_case_limits[i]} $i"; fi
+	done | sort -s -k1,1n -k2,2nr | cut -d ' ' -f 3)
 	on_exit _end_cases
 	while ((${#todo[@]} || ${#_case_pid[@]})); do
 		while ((${#todo[@]})) && _room_for "${todo[0]}" "$jobs"; do

@@ -3,7 +3,8 @@
 # Needs common.sh.
 #
 #   rust_toolchain        puts a cargo of at least the workspace's rust-version first in PATH
-#   build_daemon          release build with progress: DAEMON=<path of the program>
+#   build_daemon          release build with progress: DAEMON=<path of the program>; and of the packages in DAEMON_WITH, which
+#                         share its dependencies if they are built with it, and not after it
 #   build_tests           what `cargo test "${TEST_BUILD[@]}"` runs
 #   test_program SOURCE NAME   prints the path of one of them, e.g. `test_program src/lib.rs vhost_user_nvme`
 #   cargo_target          prints the target directory
@@ -87,14 +88,14 @@ _inside() {
 
 cargo_target() { echo "${CARGO_TARGET_DIR:-$_rust_repo/target}"; }
 
-DAEMON=''
+DAEMON='' DAEMON_WITH=()
 build_daemon() {
 	rust_toolchain
 	mkdir -p "$(cargo_target)"
 	local log
 	log=$(cargo_target)/build-daemon.log
 	step "daemon (release build)"
-	logged "$log" cargo build --manifest-path "$_rust_repo/Cargo.toml" --release --locked -p vhost-user-nvme ||
+	logged "$log" cargo build --manifest-path "$_rust_repo/Cargo.toml" --release --locked -p vhost-user-nvme "${DAEMON_WITH[@]/#/--package=}" ||
 		fail "the daemon does not build: see $log"
 	# shellcheck disable=SC2034 # the result
 	DAEMON=$(cargo_target)/release/vhost-user-nvme
