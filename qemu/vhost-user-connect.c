@@ -66,14 +66,15 @@ static bool path_fits(const char *path, Error **errp)
     return true;
 }
 
+/* Of the class DEVICE_NOT_FOUND if nobody is there, which time alone may mend. */
 static void connect_error(const char *path, int fd, Error **errp)
 {
     switch (-fd) {
     case ENOENT:
-        error_setg(errp, "there is no socket '%s': is vhost-user-nvme running?", path);
+        error_set(errp, ERROR_CLASS_DEVICE_NOT_FOUND, "there is no socket '%s': is vhost-user-nvme running?", path);
         break;
     case ECONNREFUSED:
-        error_setg(errp, "nobody listens on '%s': is vhost-user-nvme running?", path);
+        error_set(errp, ERROR_CLASS_DEVICE_NOT_FOUND, "nobody listens on '%s': is vhost-user-nvme running?", path);
         break;
     case EACCES:
     case EPERM:

@@ -295,8 +295,12 @@ static void attempt(VhostUserNvme *n)
     vu_client_free(n->client);
     n->client = vu_client_open(n->socket, n->reply_timeout, &nvme_client_ops, n, &err);
     if (!n->client) {
-        /* That nobody is there has been said. */
-        error_free(err);
+        /* That nobody is there has been said; that we may not go there has not. */
+        if (error_get_class(err) == ERROR_CLASS_DEVICE_NOT_FOUND) {
+            error_free(err);
+        } else {
+            tell(n, err);
+        }
         attempt_over(n);
         return;
     }
