@@ -10,7 +10,7 @@ use super::message::PollerEvent;
 use super::run::Core;
 use super::served::Served;
 use super::sq::State;
-use super::work::{Begun, Prepared, Work};
+use super::work::{Begun, Prepared, work};
 
 impl Carried {
     /// Whether it is the one with these identifiers.
@@ -74,17 +74,7 @@ impl Served {
             return;
         };
         let Some(tag) = core.slots.take() else { return };
-        macro_rules! work {
-            () => {
-                Work {
-                    namespaces: &self.at.namespaces,
-                    channels: &mut self.channels,
-                    map: &self.at.map,
-                    limits: self.limits,
-                }
-            };
-        }
-        work!().check(&mut core.slots, sq, tag, carried.sqe, prepared);
+        work!(self).check(&mut core.slots, sq, tag, carried.sqe, prepared);
         if !is_idempotent(NvmOpcode(sqe.opcode)) && prepared.plan.is_ok() {
             prepared.plan = Err(Status::COMMAND_INTERRUPTED.into());
         }
@@ -93,7 +83,7 @@ impl Served {
         let Some((slot, room)) = core.slots.with_segments(tag) else {
             return;
         };
-        match work!().begin(slot, room, prepared, &mut core.ranges) {
+        match work!(self).begin(slot, room, prepared, &mut core.ranges) {
             Begun::Pending => {
                 slot.served = self.index;
                 slot.sqid = sq.qid;

@@ -7,7 +7,7 @@ use super::journal::Copied;
 use super::message::PollerEvent;
 use super::served::Served;
 use super::slot::{Rest, Slots};
-use super::work::{Begun, Prepared, Work};
+use super::work::{Begun, Prepared, work};
 use crate::backend::{BlockRange, Channel as _, Finished};
 use crate::io::MAX_RANGES;
 
@@ -136,13 +136,7 @@ impl Served {
         let mut status = finished.status;
         if status.is_success() && !slot.mute && !matches!(slot.rest, Rest::Nothing) {
             let rest = std::mem::take(&mut slot.rest);
-            let work = Work {
-                namespaces: &self.at.namespaces,
-                channels: &mut self.channels,
-                map: &self.at.map,
-                limits: self.limits,
-            };
-            match work.go_on(finished.tag, slot, room, rest) {
+            match work!(self).go_on(finished.tag, slot, room, rest) {
                 Begun::Pending => {
                     self.submitted = true;
                     return;
@@ -270,26 +264,16 @@ impl Served {
         let (mut now, mut next) = (now, next);
         let mut left = granted;
         let mut bytes = BURST_BYTES;
-        macro_rules! work {
-            () => {
-                Work {
-                    namespaces: &self.at.namespaces,
-                    channels: &mut self.channels,
-                    map: &self.at.map,
-                    limits: self.limits,
-                }
-            };
-        }
         // The permit: a place in the completion queue and a slot are in hand before a command is taken.
-        let mut there = work!().prepare(&mut core.slots, sq, now);
+        let mut there = work!(self).prepare(&mut core.slots, sq, now);
         while there {
             cq.promise();
             left -= 1;
-            there = left > 0 && bytes > 0 && work!().prepare(&mut core.slots, sq, next);
+            there = left > 0 && bytes > 0 && work!(self).prepare(&mut core.slots, sq, next);
             let Some((slot, room)) = core.slots.with_segments(now.tag) else {
                 break;
             };
-            match work!().begin(slot, room, now, &mut core.ranges) {
+            match work!(self).begin(slot, room, now, &mut core.ranges) {
                 Begun::Done(refusal) => {
                     let (namespace, blocks) = (slot.namespace, slot.blocks);
                     core.slots.release(now.tag);

@@ -77,6 +77,19 @@ pub(super) struct Work<'a> {
     pub limits: Limits,
 }
 
+/// The [`Work`] of a `Served`. No method: it borrows these fields alone, so that a queue of the same `Served` can be at hand meanwhile.
+macro_rules! work {
+    ($served:ident) => {
+        $crate::poller::work::Work {
+            namespaces: &$served.at.namespaces,
+            channels: &mut $served.channels,
+            map: &$served.at.map,
+            limits: $served.limits,
+        }
+    };
+}
+pub(super) use work;
+
 impl Work<'_> {
     /// Take the next command of a queue, which has one, with a slot for it. `false` if there is no slot after all.
     #[inline]
