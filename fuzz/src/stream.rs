@@ -23,8 +23,9 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 use vhost_user_nvme::backend::{Backend, HugePages, MemoryOptions};
-use vhost_user_nvme::controller::{Controller, ControllerConfig, NamespaceConfig, Placement};
+use vhost_user_nvme::controller::{Controller, ControllerConfig};
 use vhost_user_nvme::poller::{IdlePolicy, PollerConfig, PollerPool};
+use vhost_user_nvme::testing::controller_config;
 use vhost_user_nvme::transport::{Endpoint, Server, Transport};
 
 use crate::Input;
@@ -70,29 +71,9 @@ fn controller() -> &'static Arc<Controller> {
             huge_pages: HugePages::Never,
         });
         let config = ControllerConfig {
-            name: "fuzz".into(),
-            serial: "FUZZ".into(),
-            model: "fuzz".into(),
-            subnqn: "nqn.2014-08.org.nvmexpress:uuid:fuzz".into(),
-            namespaces: vec![NamespaceConfig {
-                nsid: 1,
-                backend: Arc::new(store.expect("memory")),
-                read_only: false,
-                identity: "fuzz".into(),
-                uuid: None,
-                nguid: None,
-                eui64: None,
-            }],
             max_namespaces: 4,
-            queues: 4,
             max_queue_entries: 256,
-            max_transfer: 1 << 20,
-            doorbell_buffer: true,
-            sgls: true,
-            doorbell_stride: 0,
-            pci_ids: [0x1b36, 0x0010, 0x1af4, 0x1100],
-            placement: Placement::default(),
-            keep: Arc::new(vhost_user_nvme::state::Keep::nowhere()),
+            ..controller_config("fuzz", vec![Arc::new(store.expect("memory"))])
         };
         let controller = Controller::new(config, &pollers).expect("a controller");
         (pollers, controller)

@@ -9,10 +9,9 @@ use nvme_spec::doorbell::{Doorbell as Which, DoorbellStride};
 use nvme_spec::regs::{Cap, offset};
 use rustix::event::{EventfdFlags, eventfd};
 
+use super::config::controller_config;
 use super::space::FakeSpace;
-use crate::controller::{
-    Controller, ControllerConfig, DRAIN_LIMIT, FrontEnd, NamespaceConfig, Placement,
-};
+use crate::controller::{Controller, ControllerConfig, DRAIN_LIMIT, FrontEnd};
 use crate::driver::{Access, AddressSpace, AnyDevice, Device, Dma, Doorbell, Pools, erase};
 use crate::memory::SharedWord;
 use crate::poller::{DoorbellMode, IdlePolicy, PollerConfig, PollerPool};
@@ -70,34 +69,12 @@ impl Emulated {
             poll_for: std::time::Duration::from_micros(50),
             slots: 512,
         }])?;
-        let namespaces: Vec<NamespaceConfig> = (1u32..)
-            .zip(backends)
-            .map(|(nsid, backend)| NamespaceConfig {
-                nsid,
-                backend,
-                read_only: false,
-                identity: format!("emulated-{nsid}"),
-                uuid: None,
-                nguid: None,
-                eui64: None,
-            })
-            .collect();
         let config = ControllerConfig {
-            name: "emulated".into(),
-            serial: "EMULATED1".into(),
-            model: "emulated SSD".into(),
-            subnqn: "nqn.2014-08.org.nvmexpress:uuid:emulated".into(),
-            max_namespaces: namespaces.len() as u32,
-            namespaces,
             queues: QUEUES,
-            max_queue_entries: 1024,
             max_transfer: 256 << 10,
             doorbell_buffer: false,
             sgls: false,
-            doorbell_stride: 0,
-            pci_ids: [0x1b36, 0x0010, 0x1af4, 0x1100],
-            placement: Placement::default(),
-            keep: Arc::new(crate::state::Keep::nowhere()),
+            ..controller_config("emulated", backends)
         };
         let controller = Controller::new(config, &pollers).map_err(io::Error::other)?;
         let front = Arc::new(Front {

@@ -277,8 +277,9 @@ fn new_memory_is_in_use_when_every_poller_says_so() {
 
 #[test]
 fn a_public_controller_needs_pollers_and_good_numbers() {
-    use crate::controller::{Controller, ControllerConfig, NamespaceConfig};
+    use crate::controller::{Controller, ControllerConfig};
     use crate::poller::PollerPool;
+    use crate::testing::controller_config;
     let backend = Arc::new(
         Backend::null(NullOptions {
             block_shift: 9,
@@ -288,29 +289,8 @@ fn a_public_controller_needs_pollers_and_good_numbers() {
         .unwrap(),
     );
     let config = |queues| ControllerConfig {
-        name: "vm1".into(),
-        serial: "S1".into(),
-        model: "M".into(),
-        subnqn: "nqn.2014-08.org.example:vm1".into(),
-        namespaces: vec![NamespaceConfig {
-            nsid: 1,
-            backend: Arc::clone(&backend),
-            read_only: false,
-            identity: "vm1/1".into(),
-            uuid: None,
-            nguid: None,
-            eui64: None,
-        }],
-        max_namespaces: 1,
         queues,
-        max_queue_entries: 1024,
-        max_transfer: 1 << 20,
-        doorbell_buffer: true,
-        sgls: true,
-        doorbell_stride: 0,
-        pci_ids: [0; 4],
-        placement: Default::default(),
-        keep: Arc::new(crate::state::Keep::nowhere()),
+        ..controller_config("vm1", vec![Arc::clone(&backend)])
     };
     let pool = PollerPool::start(&[]).unwrap();
     let error = Controller::new(config(0), &pool).err().unwrap().to_string();

@@ -2,8 +2,9 @@
 
 use super::*;
 use crate::backend::{HugePages, MemoryOptions};
-use crate::controller::{Controller, ControllerConfig, FrontEnd, NamespaceConfig};
+use crate::controller::{Controller, ControllerConfig, FrontEnd};
 use crate::poller::{DoorbellMode, IdlePolicy, PollerConfig, PollerPool};
+use crate::testing::controller_config;
 use nvme_spec::admin::DeleteQueue;
 use nvme_spec::regs::{Shn, Shst};
 use std::fs::File;
@@ -75,29 +76,10 @@ impl Guest {
             huge_pages: HugePages::Never,
         });
         let config = ControllerConfig {
-            name: "vm1".into(),
-            serial: "S1".into(),
-            model: "M".into(),
-            subnqn: "nqn.2014-08.org.example:vm1".into(),
-            namespaces: vec![NamespaceConfig {
-                nsid: 1,
-                backend: Arc::new(store.unwrap()),
-                read_only: false,
-                identity: "vm1/1".into(),
-                uuid: None,
-                nguid: None,
-                eui64: None,
-            }],
-            max_namespaces: 1,
             queues: 3,
             max_queue_entries: 64,
-            max_transfer: 1 << 20,
-            doorbell_buffer: true,
-            sgls: true,
-            doorbell_stride: 0,
             pci_ids: [1, 2, 3, 4],
-            placement: Default::default(),
-            keep: Arc::new(crate::state::Keep::nowhere()),
+            ..controller_config("vm1", vec![Arc::new(store.unwrap())])
         };
         Self {
             controller: Controller::new(config, pool).unwrap(),
