@@ -2,7 +2,7 @@
 
 pub(crate) mod keeps;
 mod logging;
-mod ssds;
+pub(crate) mod ssds;
 mod stop;
 pub(crate) mod stores;
 mod upgrades;

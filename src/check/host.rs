@@ -3,9 +3,8 @@
 use rustix::process::{Resource, getrlimit};
 
 use super::{Line, Verdict};
-use crate::config::Config;
 use crate::driver::pci::Host;
-use crate::driver::vfio::{VfioOptions, entry_limit, memlock_limit};
+use crate::driver::vfio::{entry_limit, memlock_limit};
 
 /// What the driver of an SSD locks for itself, in bytes, with room to spare.
 const OWN_MEMORY: u64 = 64 << 20;
@@ -16,10 +15,9 @@ const IPC_LOCK: u32 = 14;
 /// Mappings an SSD needs for each guest, at most: vhost-user knows no more regions than this.
 const REGIONS: u64 = 512;
 
-/// Look at the host.
-pub(super) fn look(host: &Host, config: Option<&Config>, ssds: usize, lines: &mut Vec<Line>) {
+/// Look at the host, for so many SSDs and a daemon that may have so many `files` open.
+pub(super) fn look(host: &Host, files: u64, ssds: usize, lines: &mut Vec<Line>) {
     lines.push(huge_pages(host));
-    let files = needed_files(config, ssds);
     lines.push(open_files(files, getrlimit(Resource::Nofile).maximum));
     if ssds > 0 {
         lines.push(locked_memory(may_lock_all(host), memlock_limit()));
@@ -56,24 +54,13 @@ fn huge_pages(host: &Host) -> Line {
     Line::good(subject, sizes.join(", "))
 }
 
-/// File descriptors the daemon may need: two for each queue, those of an SSD, and some.
-fn needed_files(config: Option<&Config>, ssds: usize) -> u64 {
-    let queues: u64 = config
-        .iter()
-        .flat_map(|c| &c.controllers)
-        .map(|c| u64::from(c.queues) * 2 + 8)
-        .sum();
-    let vectors = u64::from(VfioOptions::default().vectors) * 2 + 8;
-    64 + queues + vectors.saturating_mul(ssds as u64)
-}
-
 fn open_files(needed: u64, limit: Option<u64>) -> Line {
     let subject = "open files";
     match limit {
         None => Line::good(subject, "unlimited"),
         Some(limit) if limit >= needed => Line::good(
             subject,
-            format_args!("{limit} allowed, at most {needed} needed"),
+            format_args!("{limit} allowed, up to {needed} needed"),
         ),
         Some(limit) => Line::bad(
             32,

@@ -2,6 +2,7 @@
 //!
 //! Nothing is made and nothing is changed. Stores and sockets are looked at as they are at the daemon's start.
 
+mod files;
 mod host;
 mod ssd;
 
@@ -122,7 +123,8 @@ fn look(host: &Host, config: Option<&Config>, more: &[PciAddress]) -> Vec<Line> 
     for address in &ssds {
         ssd::look(host, *address, &cores, &mut lines);
     }
-    host::look(host, config, ssds.len(), &mut lines);
+    let more = ssds.len() - config.map_or(0, |c| c.ssds.len());
+    host::look(host, files::needed(config, more), ssds.len(), &mut lines);
     for controller in config.iter().flat_map(|c| &c.controllers) {
         let name = &controller.name;
         match &controller.socket {

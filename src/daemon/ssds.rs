@@ -77,14 +77,30 @@ fn uses(spec: &ControllerSpec, ssd: PciAddress) -> usize {
     spec.namespaces.iter().filter(|ns| on(&ns.store)).count()
 }
 
-/// How an SSD is to be treated, given who will use it.
-fn options(spec: &SsdSpec, config: &Config) -> SsdOptions {
-    let all = config.pollers.len();
+/// How many pollers may serve a controller.
+pub(crate) fn pollers_of(spec: &ControllerSpec, config: &Config) -> usize {
+    let chosen = spec.placement.pollers.as_ref();
+    chosen.map_or(config.pollers.len(), Vec::len)
+}
+
+/// Queue pairs that an SSD is asked for: one for each of its namespaces that a poller may serve.
+fn queue_pairs(spec: &SsdSpec, config: &Config) -> u16 {
     let lanes: usize = config
         .controllers
         .iter()
-        .map(|c| uses(c, spec.address) * c.placement.pollers.as_ref().map_or(all, Vec::len))
+        .map(|c| uses(c, spec.address) * pollers_of(c, config))
         .sum();
+    // One more, to flush by when a guest shuts down.
+    lanes.saturating_add(1).min(MOST_QUEUE_PAIRS) as u16
+}
+
+/// Interrupt vectors that are taken of an SSD, if it has so many: one for each queue pair, and one for the admin queue.
+pub(crate) fn vectors(spec: &SsdSpec, config: &Config) -> u16 {
+    queue_pairs(spec, config).saturating_add(1)
+}
+
+/// How an SSD is to be treated, given who will use it.
+fn options(spec: &SsdSpec, config: &Config) -> SsdOptions {
     SsdOptions {
         command_timeout: spec.command_timeout,
         abort_grace: spec.abort_grace,
@@ -93,8 +109,7 @@ fn options(spec: &SsdSpec, config: &Config) -> SsdOptions {
             OnReset::Fail => crate::driver::OnReset::Fail,
         },
         resets_per_minute: spec.resets_per_minute,
-        // One more, to flush by when a guest shuts down.
-        queue_pairs: lanes.saturating_add(1).min(MOST_QUEUE_PAIRS) as u16,
+        queue_pairs: queue_pairs(spec, config),
         interrupts: config.pollers.iter().any(|p| p.idle != IdlePolicy::Poll),
         ..SsdOptions::default()
     }
@@ -112,7 +127,7 @@ impl Ssds {
             let options = options(spec, config);
             let begin = Instant::now();
             let vectors = VfioOptions {
-                vectors: options.queue_pairs.saturating_add(1),
+                vectors: vectors(spec, config),
                 ..VfioOptions::default()
             };
             let (device, space) = open(spec.address, &vectors, wait)?;
