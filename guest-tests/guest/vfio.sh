@@ -95,6 +95,18 @@ says mounted 23 'is mounted at /mnt' setup "$A" --apply
 says check-mounted 23 'FAIL +0000.* is mounted at /mnt.*mend: unmount.*FAIL +0000.* bound to the driver nvme' check_host "$A"
 says daemon-mounted 23 'is mounted at /mnt' daemon "$A"
 umount /mnt
+unshare -m bash -c "mount $D /mnt && touch /tmp/mounted-elsewhere && exec sleep 1000" &
+holds mounts-elsewhere soon test -e /tmp/mounted-elsewhere
+says mounted-elsewhere 23 "is mounted at /mnt for process $!" setup "$A" --apply
+kill $!
+wait $! || true
+mount "$D" /mnt
+exec 9>/mnt/open
+umount -l /mnt
+says unmounted-in-use 23 'holds a file system that is still in use' setup "$A" --apply
+exec 9>&-
+unused() { [[ ! -e /sys/fs/ext4/${D#/dev/} ]]; }
+holds unused soon unused
 tail -f /dev/null 9<"$D" &
 says opened 23 "is opened by process $! \\(tail\\)" setup "$A" --apply
 kill $!

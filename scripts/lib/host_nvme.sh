@@ -42,15 +42,47 @@ _disks_of() {
 	done | sort -u
 }
 
+# One process of each mount namespace but our own. Those of other users show to root only.
+_others_mounts() {
+	local own id file
+	own=$(stat -Lc %i /proc/self/ns/mnt)
+	{ stat -Lc '%i %n' /proc/[0-9]*/ns/mnt 2>/dev/null || true; } | sort -u -k 1,1 | while read -r id file; do
+		[[ $id == "$own" ]] || echo "${file%/ns/mnt}/mountinfo"
+	done
+}
+
+# _mounts_in PART NUMBER MOUNTINFO: where it is mounted, a line each
+_mounts_in() {
+	awk -v number="$2" -v device="/dev/$1" '
+		{ source = ""; for (i = 1; i <= NF; i++) if ($i == "-") source = $(i + 2) }
+		$3 == number || source == device {
+			split(FILENAME, path, "/")
+			print substr(device, 6) " is mounted at " $5 (path[3] == "self" ? "" : " for process " path[3])
+		}' "$3" 2>/dev/null || true
+}
+
+# The same with what may be mounted where nobody of us sees it: in the namespace of a container, or in none any more, but with files open.
+_mounts_of() {
+	local part=$1 number=$2 found file dir
+	found=$(_mounts_in "$part" "$number" /proc/self/mountinfo)
+	if [[ -z $found ]]; then
+		found=$(_others_mounts | while read -r file; do _mounts_in "$part" "$number" "$file"; done)
+	fi
+	if [[ -z $found ]]; then
+		for dir in "/sys/fs"/*/"$part" "/sys/fs/btrfs"/*/devices/"$part"; do
+			[[ ! -e $dir ]] || found="$part holds a file system that is still in use"
+		done
+	fi
+	[[ -z $found ]] || echo "$found"
+}
+
 # What the host uses a disk for, a line each.
 _uses_of() {
-	local disk=$1 part dir number holder pid fd
+	local disk=$1 part dir holder pid fd
 	for dir in "/sys/class/block/$disk" "/sys/class/block/$disk/$disk"p*; do
 		[[ -e $dir/dev ]] || continue
-		part=${dir##*/} number=$(<"$dir/dev")
-		awk -v number="$number" -v device="/dev/$part" '
-			{ source = ""; for (i = 1; i <= NF; i++) if ($i == "-") source = $(i + 2) }
-			$3 == number || source == device { print substr(device, 6) " is mounted at " $5 }' /proc/self/mountinfo
+		part=${dir##*/}
+		_mounts_of "$part" "$(<"$dir/dev")"
 		awk -v device="/dev/$part" '$1 == device { print substr(device, 6) " is used as swap" }' /proc/swaps
 		for holder in "$dir"/holders/*; do
 			[[ ! -e $holder ]] || echo "$part is a part of ${holder##*/}"
@@ -203,6 +235,8 @@ _apply() {
 	local address=$1 group=$2 user=$3 uses
 	((EUID == 0)) || refuse 27 "changing this needs root" "run it with sudo"
 	modprobe -a vfio-pci vfio_iommu_type1 2>/dev/null || true
+	[[ -e /dev/vfio/vfio || ! -e /dev/iommu ]] ||
+		refuse 26 "this kernel has VFIO by /dev/iommu only, which setup-host does not know" "bind it to vfio-pci by hand (docs/SSD.md)"
 	[[ -d /sys/bus/pci/drivers/vfio-pci && -e /dev/vfio/vfio ]] ||
 		refuse 26 "this kernel offers no VFIO" "modprobe vfio-pci (the kernel needs CONFIG_VFIO_PCI and CONFIG_VFIO_IOMMU_TYPE1)"
 	if [[ $(_driver_of "$address") != vfio-pci ]]; then
