@@ -8,12 +8,13 @@ use rig::{Kind, Rig};
 /// Commands of a pass.
 const BATCH: u32 = 32;
 
-const KINDS: [(&str, Kind, u32, bool); 6] = [
+const KINDS: [(&str, Kind, u32, bool); 7] = [
     ("null-4K", Kind::Null, 4096, true),
     ("null-4K-without-journal", Kind::Null, 4096, false),
     ("null-512", Kind::Null, 512, true),
     ("memory-512", Kind::Memory, 512, true),
     ("forward-4K", Kind::Forward, 4096, true),
+    ("forward-4K-without-journal", Kind::Forward, 4096, false),
     ("forward-shared-4K", Kind::ForwardShared, 4096, true),
 ];
 

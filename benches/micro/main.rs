@@ -18,6 +18,6 @@ criterion_group! {
         .warm_up_time(Duration::from_millis(200))
         .measurement_time(Duration::from_millis(700))
         .sample_size(30);
-    targets = parts::checks, parts::prps, passes::commands, passes::idle
+    targets = parts::checks, parts::prps, passes::stages, passes::commands, passes::idle
 }
 criterion_main!(benches);

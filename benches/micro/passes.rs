@@ -1,4 +1,6 @@
-//! Whole passes of a poller: fetch to completion of a batch, and passes with nothing to do.
+//! Whole passes of a poller: fetch to completion of a batch, and passes with nothing to do; and the stages of a pass by themselves.
+
+use std::hint::black_box;
 
 use criterion::{Criterion, Throughput};
 
@@ -47,6 +49,25 @@ pub fn idle(c: &mut Criterion<Ticks>) {
             b.iter(|| rig.commands(1));
         });
         rig.check();
+    }
+    group.finish();
+}
+
+/// What a pass is made of besides the check of a command and its PRPs.
+pub fn stages(c: &mut Criterion<Ticks>) {
+    const BATCH: u32 = 32;
+    let mut group = c.benchmark_group("stage");
+    group.throughput(Throughput::Elements(BATCH.into()));
+    let mut rig = Rig::new(Kind::Null, 4096, 0);
+    group.bench_function("fetch", |b| b.iter(|| black_box(rig.stages().fetch(BATCH))));
+    group.bench_function("post", |b| b.iter(|| rig.stages().post(BATCH)));
+    for (name, kind, bytes) in [
+        ("submit-null-4K", Kind::Null, 4096),
+        ("submit-memory-512", Kind::Memory, 512),
+        ("submit-memory-4K", Kind::Memory, 4096),
+    ] {
+        let mut rig = Rig::new(kind, bytes, 0);
+        group.bench_function(name, |b| b.iter(|| rig.stages().submit(BATCH)));
     }
     group.finish();
 }

@@ -139,6 +139,12 @@ impl Rig {
         self.passes.pass();
     }
 
+    /// The poller alone, for one stage after another: queue 1 is full of commands, whatever has been fetched.
+    #[allow(dead_code, reason = "not every program that has this module wants it")]
+    pub fn stages(&mut self) -> &mut Passes {
+        &mut self.passes
+    }
+
     /// That a pass did all of the commands it was rung for, and well.
     pub fn check(&self) {
         let last = self.size.advance(self.tail, ENTRIES - 1);

@@ -8,9 +8,9 @@ bench_micro_usage() {
 	cat <<-USAGE
 		usage: scripts/bench micro [FILTER] [--out DIR] [--core N] [--callgrind]
 
-		Steps of a command in one thread (criterion, benches/micro): the check of a command, PRPs of 4, 8 and 128 KiB, whole passes
-		of a poller on null and memory, with and without journal, and passes over N idle queues. In ticks of the time stamp counter,
-		for each command.
+		Steps of a command in one thread (criterion, benches/micro): the check of a command, PRPs of 4, 8 and 128 KiB, fetch, submit
+		and post alone, whole passes of a poller on null and memory, with and without journal, and passes over N idle queues. In
+		ticks of the time stamp counter, for each command.
 
 		  FILTER        only the benchmarks whose name contains it
 		  --out DIR     where report.md and criterion's data go (default: target/bench/<time>)

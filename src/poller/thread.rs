@@ -212,6 +212,13 @@ impl Thread {
         }
     }
 
+    /// What a stage of a command is run on when it is run alone: the first controller.
+    #[cfg(any(test, feature = "testing"))]
+    pub fn first(&mut self) -> Option<(&mut Served, &mut Core)> {
+        let served = self.engine.served.iter_mut().flatten().next()?;
+        Some((served, &mut self.engine.core))
+    }
+
     fn find(&mut self, key: ControllerKey) -> Option<(&mut Served, &mut Core, &mut Bed)> {
         let (served, core) = self.engine.find(key)?;
         Some((served, core, &mut self.bed))
