@@ -64,7 +64,7 @@ impl Actor {
         self.done.clear();
     }
 
-    fn write_down(&mut self) {
+    pub(super) fn write_down(&mut self) {
         let image = self.image();
         if self.committed.as_ref() == Some(&image) {
             return;

@@ -195,6 +195,8 @@ impl Actor {
         });
         let pollers = self.attached_pollers();
         if pollers.is_empty() {
+            // Before the doorbells are cleared: whoever took that for the guest's doing would fetch commands of before once more.
+            self.write_down();
             self.finish_drain();
             return;
         }

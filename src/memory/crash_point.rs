@@ -1,6 +1,6 @@
 //! Where a test stops a process between two stores: nothing of this is in the daemon.
 //!
-//! Whatever another process would find after a SIGKILL (state files, journals, completions and EventIdx in guest memory, stored data)
+//! Whatever another process would find after a SIGKILL (state files, journals, doorbells, completions and EventIdx in guest memory, stored data)
 //! is written through a function that asks [`store_happens`] first. In unit tests of this crate a thread can be made to "die" after a
 //! number of such stores ([`Crash::after`]): its later ones have no effect. Elsewhere the answer is a constant, and no code.
 //!

@@ -12,6 +12,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
+use super::crash_point;
 use super::mapping::{Mapping, PAGE, sealed, whole_pages};
 use super::sigbus::{self, Guard};
 
@@ -197,7 +198,10 @@ impl DoorbellWindow {
     /// Set every register to zero, as a reset does.
     pub fn clear(&self) {
         for offset in (0..self.bytes).step_by(4) {
-            if let Some(r) = self.register(offset) {
+            if let Some(r) = self.register(offset)
+                && r.load(Ordering::Relaxed) != 0
+                && crash_point::store_happens()
+            {
                 r.store(0, Ordering::Release);
             }
         }

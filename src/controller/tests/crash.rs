@@ -543,9 +543,18 @@ fn aer() -> Sqe {
 /// Run a scenario once without a crash, and once for each store it makes, which is the last; then with two crashes, the second while the
 /// first is recovered from.
 fn exhaust(wait: bool, shadow: bool, scenario: impl Fn(&mut World)) {
+    exhaust_from(|| World::new(wait, shadow), World::bring_up, scenario);
+}
+
+/// As [`exhaust`], of a guest that was brought up in another way.
+fn exhaust_from(
+    new: impl Fn() -> World,
+    bring_up: impl Fn(&mut World),
+    scenario: impl Fn(&mut World),
+) {
     let run = |stop: u64, again: Vec<u64>| {
-        let mut world = World::new(wait, shadow);
-        world.bring_up();
+        let mut world = new();
+        bring_up(&mut world);
         world.again = again;
         world.crash = Some(Crash::after(stop));
         scenario(&mut world);

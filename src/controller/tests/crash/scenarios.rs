@@ -141,6 +141,29 @@ fn a_reset_leaves_nothing_of_before() {
     });
 }
 
+/// No poller knows of such a guest: its reset is over in the turn in which it begins.
+#[test]
+fn a_reset_without_io_queues_leaves_nothing_of_before() {
+    let bring_up = |w: &mut World| {
+        w.enable();
+        for _ in 0..5 {
+            w.run(0, identify_controller());
+        }
+    };
+    exhaust_from(
+        || World::new(true, false),
+        bring_up,
+        |w| {
+            w.disable();
+            w.enable();
+            w.run(0, identify_controller());
+            w.create_cq(1);
+            w.create_sq(1, 1);
+            w.run(1, w.fill(7, 9));
+        },
+    );
+}
+
 #[test]
 fn an_event_comes_once_be_it_before_its_request_or_after() {
     // A request waits: the event completes it.
