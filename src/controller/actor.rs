@@ -188,10 +188,14 @@ pub(super) struct Actor {
     pub(super) state: Option<Arc<StateFile>>,
     /// What it says.
     pub(super) committed: Option<Image>,
+    /// A generation that does not count any more could not be removed: nothing may happen that it does not tell of.
+    pub(super) stale: bool,
     /// While suspended: what was left.
     pub(super) kept: Option<Kept>,
     /// A front-end that waits for the end of a suspension: whether its guest has used the device.
     pub(super) going: Option<(bool, Sender<()>)>,
+    /// The front-end has said go.
+    pub(super) gone: bool,
     /// Namespaces that changed while suspended.
     pub(super) late: Vec<u32>,
     /// Admin commands that were fetched and have not completed, oldest first; no asynchronous event requests.
@@ -215,8 +219,10 @@ impl Actor {
             fingerprint: Fingerprint::of(info, &parts.namespaces),
             state: None,
             committed: None,
+            stale: false,
             kept: None,
             going: None,
+            gone: false,
             late: Vec::new(),
             commands: Vec::new(),
             shadow_used: None,
@@ -383,7 +389,7 @@ impl Actor {
             Mail::Fresh(done) => {
                 self.done.push(done);
                 if self.phase == Phase::Suspended && self.drain.is_none() {
-                    self.start_afresh();
+                    self.start_afresh(None);
                 }
             }
             Mail::Sync(done) => self.done.push(done),

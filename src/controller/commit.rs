@@ -17,16 +17,19 @@ impl Actor {
     /// What there is to be written down.
     pub(super) fn image(&self) -> Image {
         let (cqs, sqs) = self.queues.image();
+        let phase = match self.phase {
+            // What is being reset is gone for whoever comes after us.
+            _ if self.drain.is_some() => PhaseImage::Disabled,
+            Phase::Ready => PhaseImage::Ready,
+            Phase::Failed => PhaseImage::Failed,
+            Phase::Disabled | Phase::Suspended => PhaseImage::Disabled,
+        };
+        // A front-end that is still on its way has perhaps to be told that nothing is left: nobody may take what there is then for its.
+        let known = self.gone || phase != PhaseImage::Disabled;
         Image {
-            instance: self.shared.instance(),
+            instance: self.shared.instance().filter(|_| known),
             registers: self.shared.registers.image(),
-            phase: match self.phase {
-                // What is being reset is gone for whoever comes after us.
-                _ if self.drain.is_some() => PhaseImage::Disabled,
-                Phase::Ready => PhaseImage::Ready,
-                Phase::Failed => PhaseImage::Failed,
-                Phase::Disabled | Phase::Suspended => PhaseImage::Disabled,
-            },
+            phase,
             shut_down: self.csts.shst() == Shst::COMPLETE,
             admin: self.admin.as_ref().map(|queue| queue.image()),
             commands: self.commands.clone(),
@@ -106,16 +109,36 @@ impl Actor {
         self.number > LAST_NUMBER / 2
     }
 
-    /// Begin a generation in which nothing has happened: no poller knows us.
+    /// Begin a generation in which nothing has happened: no poller knows us. If that cannot be, nothing is kept until the next reset tries again.
     pub(super) fn begin_generation(&mut self) {
         let slots = self.slots();
         match self.publish(slots, |_| {}) {
-            Ok(()) => self.number = 0,
+            Ok(()) => (self.number, self.stale) = (0, false),
             Err(error) => {
-                self.state = None;
                 let controller = self.shared.info.name.as_str();
-                tracing::error!(controller, "its state cannot be kept: {error}");
+                tracing::error!(
+                    controller,
+                    "its state cannot be kept: {error}; its guest has to reset it if this process ends"
+                );
+                self.forget_state();
             }
+        }
+    }
+
+    /// What was written down must not be found any more: from now on things happen that it does not tell of.
+    pub(super) fn forget_state(&mut self) {
+        self.state = None;
+        let forgotten = self.keep.forget();
+        self.stale = forgotten.is_err();
+        if let Err(error) = forgotten {
+            self.complain(&format!("its old state cannot be removed: {error}"));
+        }
+    }
+
+    /// Set all doorbells to zero, as a reset does; not while what is written down would take them for the guest's.
+    pub(super) fn clear_doorbells(&self) {
+        if !self.stale {
+            self.shared.window.clear();
         }
     }
 

@@ -103,6 +103,12 @@ impl Actor {
         let legal = cc.css() == CommandSetSelected::NVM
             && cc.mps() == 0
             && cc.ams() == Arbitration::ROUND_ROBIN;
+        if self.stale {
+            self.forget_state();
+        }
+        if self.stale {
+            return self.fail("old state is in the way that would be taken for this guest's");
+        }
         let queue = match legal {
             true => AdminQueue::new(&self.map, &shared.window, shared.info.stride, admin),
             false => None,
@@ -182,8 +188,8 @@ impl Actor {
             drain.waiters.extend(waiter);
             return;
         }
-        // Their numbers begin anew with a new generation, for which pollers have to come anew.
-        let detach = detach || self.is_old();
+        // Their numbers begin anew with a new generation, for which pollers have to come anew. So does what is kept, if nothing is.
+        let detach = detach || self.is_old() || self.state.is_none();
         self.drain = Some(Drain {
             detach,
             then_detach: false,
@@ -230,7 +236,9 @@ impl Actor {
             }
             return;
         }
-        if drain.then_detach {
+        // It could not be written down meanwhile: the next generation has to begin.
+        let lost = self.state.is_none() && !drain.detach && !drain.then_suspend;
+        if drain.then_detach || lost {
             let mut waiters = drain.waiters.into_iter();
             self.start_drain(true, waiters.next());
             if let Some(next) = &mut self.drain {
@@ -238,7 +246,7 @@ impl Actor {
             }
             return;
         }
-        self.shared.window.clear();
+        self.clear_doorbells();
         self.phase = Phase::Disabled;
         self.csts = Csts::new();
         if drain.detach {
@@ -256,6 +264,7 @@ impl Actor {
     pub(super) fn attach(&mut self, front: Arc<dyn FrontEnd>) {
         self.map = GuestMap::empty();
         self.front = Some(front);
+        self.gone = false;
         self.switch.reset();
         let suspending = self.drain.as_ref().is_some_and(Drain::ends_suspended);
         if self.phase == Phase::Suspended || suspending {
@@ -273,7 +282,7 @@ impl Actor {
         if self.phase == Phase::Suspended {
             self.kept = None;
             if self.drain.is_none() {
-                self.start_afresh();
+                self.start_afresh(None);
             }
         }
         let shut_down = self.csts.shst() != Shst::NORMAL;
@@ -295,7 +304,7 @@ impl Actor {
             match &mut self.drain {
                 Some(drain) => drain.waiters.push(done),
                 None => {
-                    self.start_afresh();
+                    self.start_afresh(None);
                     self.done.push(done);
                 }
             }

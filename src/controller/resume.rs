@@ -187,6 +187,7 @@ impl Actor {
             return;
         }
         self.done.push(done);
+        self.gone = true;
         if self.phase != Phase::Suspended {
             if used && self.phase == Phase::Disabled && self.drain.is_none() {
                 self.lose("nothing was kept of it");
@@ -204,10 +205,7 @@ impl Actor {
             Some(Kept::Unusable(_, why)) => used.then_some(why),
             _ => used.then(|| "what was kept belongs to another".into()),
         };
-        self.start_afresh();
-        if let Some(why) = lost {
-            self.lose(&why);
-        }
+        self.start_afresh(lost.as_deref());
     }
 
     /// The guest has used a controller of which nothing is left: only a reset helps.
@@ -218,8 +216,8 @@ impl Actor {
         ));
     }
 
-    /// Forget what was kept: the front-end is a new one.
-    pub(super) fn start_afresh(&mut self) {
+    /// Forget what was kept: the front-end is a new one, or its guest has `lost` its queues.
+    pub(super) fn start_afresh(&mut self, lost: Option<&str>) {
         self.kept = None;
         self.shared.set_keeping(Keeping::Nothing, false);
         self.phase = Phase::Disabled;
@@ -235,7 +233,12 @@ impl Actor {
         self.changed.clear();
         self.late.clear();
         self.health.power_on();
-        self.shared.window.clear();
+        // Whoever comes after us is to find what was kept with the doorbells it had, or a guest that has been told, or nothing.
+        self.forget_state();
+        self.clear_doorbells();
+        if let Some(why) = lost {
+            self.lose(why);
+        }
         self.begin_generation();
     }
 

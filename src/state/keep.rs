@@ -208,6 +208,25 @@ impl Keep {
         Ok(())
     }
 
+    /// What counted until now counts no more, here and for who comes after us: there is no state until the next [`Self::publish`].
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says; it still counts then.
+    pub fn forget(&self) -> io::Result<()> {
+        let mut generations = self.generations();
+        if crash_point::store_happens() {
+            if let Some(place) = &self.place {
+                match std::fs::remove_file(place.path.join(STATE)) {
+                    Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+                    _ => {}
+                }
+            }
+            generations.current = None;
+        }
+        Ok(())
+    }
+
     /// The controller's doorbell window of `bytes` bytes: the same file for ever, with what a guest stored while nobody was there. A
     /// file of another size is none that a front-end could still use, and makes room for a new one.
     ///
@@ -333,8 +352,16 @@ mod tests {
             let crash = Crash::after(0);
             let dead = keep.begin(SHAPE).unwrap();
             keep.publish(dead).unwrap();
+            keep.forget().unwrap();
             drop(crash);
             assert_eq!(image(keep), Some(vec![2]));
+            keep.forget().unwrap();
+            keep.forget().unwrap();
+            assert_eq!(image(keep), None);
+            if keep.path().is_some() {
+                keep.unlock();
+                assert_eq!(image(&open()), None);
+            }
         }
     }
 

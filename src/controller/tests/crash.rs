@@ -19,6 +19,7 @@ use nvme_spec::nvm::{DatasetManagement, DsmRange, ReadWrite};
 use nvme_spec::opcode::NvmOpcode;
 use std::time::Duration;
 
+mod losing;
 mod scenarios;
 
 const INSTANCE: [u8; 16] = [9; 16];
@@ -204,8 +205,15 @@ impl World {
         Arc::clone(&self.process.as_ref().unwrap().shared)
     }
 
-    /// The front-end comes; with `used`, it wants the guest's queues back. `false` if the process died meanwhile.
+    /// The front-end comes; with `used`, it wants the guest's queues back, and gets them. `false` if the process died meanwhile.
     fn connect(&mut self, used: bool) -> bool {
+        let came = self.come(used);
+        assert!(!came || !used || !self.csts().cfs(), "it cannot go on");
+        came
+    }
+
+    /// As [`Self::connect`], but it may be told that the controller has failed.
+    fn come(&mut self, used: bool) -> bool {
         let shared = self.shared();
         shared.set_instance(Some(INSTANCE));
         shared.inbox.send(Mail::Attach(Arc::new(Front)));
@@ -220,7 +228,6 @@ impl World {
                 return false;
             }
             if is_done(&memory) && is_done(&gone) {
-                assert!(!used || !shared.registers.csts().cfs(), "it cannot go on");
                 return true;
             }
         }

@@ -18,6 +18,7 @@ impl FrontEnd for Front {
 fn rig() -> Rig {
     let mut rig = Rig::new();
     rig.shared.set_instance(Some(ID));
+    rig.mail(|done| Mail::Go(false, done));
     rig.enable();
     rig.create_pair(1);
     rig.submit(command(AdminOpcode::ASYNC_EVENT_REQUEST));
