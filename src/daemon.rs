@@ -379,11 +379,19 @@ impl Daemon {
         self.servers.iter().all(Server::is_finished)
     }
 
+    /// Of each controller, whether somebody will be back for it.
+    fn missed(&self) -> Vec<bool> {
+        let served = self.servers.iter().zip(&self.runs.controllers);
+        served
+            .map(|(server, controller)| server.will_be_missed(controller))
+            .collect()
+    }
+
     /// Accept no more, drain, and end; but not for longer than makes sense.
     fn stop(mut self) -> ExitCode {
         self.manager.stopping("Waiting for the I/O that is out");
         let deadline = Instant::now() + DRAIN_LIMIT + GRACE;
-        let attached: Vec<_> = self.servers.iter().map(Server::will_be_missed).collect();
+        let before = self.missed();
         for server in &self.servers {
             server.stop();
         }
@@ -392,10 +400,13 @@ impl Daemon {
         if !finished {
             return abandon(self.servers, "a front-end's connection did not end");
         }
+        // Also who came, or was lost, meanwhile.
+        let missed = before.iter().zip(self.missed());
+        let missed: Vec<_> = missed.map(|(before, after)| *before || after).collect();
         drop(self.servers);
         let deadline = deadline.max(Instant::now() + GRACE);
         // Who is still there may come back; nobody else will.
-        if self.runs.end(deadline, move |keeps| keeps.end(&attached)) {
+        if self.runs.end(deadline, move |keeps| keeps.end(&missed)) {
             tracing::info!("stopped");
             ExitCode::SUCCESS
         } else {

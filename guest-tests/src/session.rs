@@ -171,6 +171,8 @@ pub struct Session {
     changed: Condvar,
     /// The guest has written to a register since the last reset.
     used: AtomicBool,
+    /// It does not connect again for now.
+    away: AtomicBool,
 }
 
 impl Session {
@@ -188,6 +190,7 @@ impl Session {
             }),
             changed: Condvar::new(),
             used: AtomicBool::new(false),
+            away: AtomicBool::new(false),
         }
     }
 
@@ -281,6 +284,11 @@ impl Session {
         Ok(u32::from_le_bytes(out))
     }
 
+    /// Whether it makes no connections for now, as a VMM that is busy elsewhere. One that there is stays.
+    pub fn stay_away(&self, away: bool) {
+        self.away.store(away, Ordering::Release);
+    }
+
     /// End the connection, as if the daemon had; a front-end that survives makes the next one.
     pub fn cut(&self) {
         let _ = self.now().connection.stream.shutdown(Shutdown::Both);
@@ -362,6 +370,9 @@ impl Watch {
 
     fn attempt(&self, link: &Link, begin: Instant) -> Result<UnixStream, FrontEndError> {
         let session = link.session();
+        if session.away.load(Ordering::Acquire) {
+            return Err(FrontEndError::Wrong("it is to stay away".into()));
+        }
         let stream = UnixStream::connect(&self.path)?;
         stream.set_read_timeout(Some(PATIENCE))?;
         let (mut connection, shape) = Connection::open(stream, session.instance, &link.doorbells)?;

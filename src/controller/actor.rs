@@ -99,6 +99,8 @@ pub(super) struct Shared {
     pub(super) keeping: Mutex<Keeping>,
     /// Nothing is served until the front-end says what it is.
     pub(super) suspended: AtomicBool,
+    /// A guest may still be running whose front-end is not here, and will ask for what is kept.
+    pub(super) awaited: AtomicBool,
 }
 
 impl Shared {
@@ -117,6 +119,10 @@ impl Shared {
     pub(super) fn set_keeping(&self, keeping: Keeping, suspended: bool) {
         *lock(&self.keeping) = keeping;
         self.suspended.store(suspended, Ordering::Release);
+    }
+
+    pub(super) fn set_awaited(&self, awaited: bool) {
+        self.awaited.store(awaited, Ordering::Release);
     }
 }
 

@@ -390,6 +390,12 @@ impl Controller {
         self.shared.keeping().code(self.shared.instance())
     }
 
+    /// Whether a guest may still be running whose front-end is not connected and will be back: what is kept belongs to a process before us and nobody has
+    /// asked for it yet, or the last front-end went without its guest having shut the controller down.
+    pub fn is_awaited(&self) -> bool {
+        self.shared.awaited.load(Ordering::Acquire)
+    }
+
     /// The front-end has sent everything: its instance id, memory, vectors, kicks. Goes on from the state that is kept for it, if there is any;
     /// `used`: the guest has used this device, so that without such state only a reset helps, and the guest is told so (CSTS.CFS). Waits, at most
     /// `limit`, until that is done; `false` if it is not.
@@ -448,6 +454,7 @@ impl Shared {
             instance: Mutex::default(),
             keeping: Mutex::default(),
             suspended: AtomicBool::new(false),
+            awaited: AtomicBool::new(false),
         };
         Ok((Arc::new(shared), outbox))
     }

@@ -67,7 +67,11 @@ impl Actor {
     /// Look what a process before us has left. Without anything, a new generation begins.
     pub(super) fn look_for_state(&mut self) {
         let found = match self.keep.current() {
-            Ok(None) => None,
+            Ok(None) => {
+                // Whoever took it away, its guest may still be there.
+                self.shared.set_awaited(self.keep.had_predecessor());
+                None
+            }
             Ok(Some(state)) => self.read_state(state),
             Err(error) => Some((Kept::Unusable(None, error.to_string()), Logs::default())),
         };
@@ -84,6 +88,7 @@ impl Actor {
         }
         self.health.restore(logs.health);
         self.errors = super::error_log::ErrorLog::restore(&logs.errors);
+        self.shared.set_awaited(true);
         self.keep_for_later(kept);
     }
 
@@ -151,6 +156,10 @@ impl Actor {
         let kept = kept.map(|(kept, _)| kept);
         let none = || Kept::Unusable(self.shared.instance(), "it could not be written".into());
         let kept = kept.unwrap_or_else(none);
+        let used = matches!(self.phase, Phase::Ready | Phase::Failed);
+        if used && self.csts.shst() != Shst::COMPLETE {
+            self.shared.set_awaited(true);
+        }
         self.keep_for_later(kept);
         // The next front-end may have come, while a reset was under way.
         if self.front.is_none() {
@@ -188,6 +197,7 @@ impl Actor {
         }
         self.done.push(done);
         self.gone = true;
+        self.shared.set_awaited(false);
         if self.phase != Phase::Suspended {
             if used && self.phase == Phase::Disabled && self.drain.is_none() {
                 self.lose("nothing was kept of it");
@@ -220,6 +230,7 @@ impl Actor {
     pub(super) fn start_afresh(&mut self, lost: Option<&str>) {
         self.kept = None;
         self.shared.set_keeping(Keeping::Nothing, false);
+        self.shared.set_awaited(false);
         self.phase = Phase::Disabled;
         self.shared.registers.reset();
         self.csts = Csts::new();

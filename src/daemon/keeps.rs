@@ -76,11 +76,14 @@ impl Keeps {
         &self.0[controller]
     }
 
-    /// The orderly end: what nobody is going to ask for is removed. `attached`: which controllers have a front-end that will be back.
-    pub fn end(&self, attached: &[bool]) {
-        for (keep, attached) in self.0.iter().zip(attached) {
-            if !attached && let Err(e) = keep.clear() {
-                let dir = keep.path().unwrap_or(Path::new("")).display();
+    /// The orderly end: what nobody is going to ask for is removed. `missed`: which controllers have a front-end that will be back.
+    pub fn end(&self, missed: &[bool]) {
+        for (keep, missed) in self.0.iter().zip(missed) {
+            let Some(dir) = keep.path() else { continue };
+            let dir = dir.display();
+            if *missed {
+                tracing::info!(%dir, "what its guest needs to go on is kept; if that guest is gone for good, remove the directory");
+            } else if let Err(e) = keep.clear() {
                 tracing::warn!(%dir, "cannot remove the state of a controller: {e}");
             }
         }

@@ -23,6 +23,7 @@ pub struct Server {
     hands_over: Arc<AtomicBool>,
     /// There is a front-end, and it is one that connects again when it loses us.
     missed: Arc<AtomicBool>,
+    transport: Transport,
     thread: Option<JoinHandle<Option<Left>>>,
     file: Option<SocketFile>,
 }
@@ -82,6 +83,7 @@ impl Server {
             finished,
             hands_over,
             missed,
+            transport,
             thread: Some(thread),
             file,
         })
@@ -127,9 +129,11 @@ impl Server {
         self.thread = None;
     }
 
-    /// Whether there is a front-end now that will connect again once this process has gone: the clients of vfio-user do not.
-    pub fn will_be_missed(&self) -> bool {
-        self.missed.load(Ordering::Acquire)
+    /// Whether a front-end of `controller`, which this serves, will connect again once this process has gone: one that is here, or one that has not come
+    /// back yet. The clients of vfio-user do not.
+    pub fn will_be_missed(&self, controller: &Controller) -> bool {
+        let awaited = self.transport == Transport::VhostUser && controller.is_awaited();
+        awaited || self.missed.load(Ordering::Acquire)
     }
 
     /// Whether the thread is done: nothing is connected, and the controller is detached.

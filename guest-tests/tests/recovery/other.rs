@@ -97,6 +97,71 @@ fn the_same_goes_on() {
     resumes(&daemon, &mut guest, &mut io);
 }
 
+/// Start it, and wait until it has found what was left.
+fn finds(daemon: &mut Surviving) {
+    let found = |daemon: &Surviving| {
+        let log = std::fs::read_to_string(daemon.dir().join("log")).expect("a log");
+        log.matches("found state to go on from").count()
+    };
+    let before = found(daemon);
+    daemon.start();
+    let start = Instant::now();
+    while found(daemon) == before {
+        assert!(
+            start.elapsed() < Duration::from_secs(20),
+            "{}",
+            daemon.log()
+        );
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Two restarts in a row, the second before the front-end has noticed the first.
+#[test]
+fn an_orderly_end_before_the_front_end_is_back() {
+    let mut daemon = Program::surviving(&["--namespace", MEMORY]);
+    let (front, mut guest, mut io) = a_guest(&daemon);
+    front.session().stay_away(true);
+    daemon.kill();
+    for _ in 0..2 {
+        finds(&mut daemon);
+        daemon.stop();
+    }
+    front.session().stay_away(false);
+    comes(&mut daemon, &front);
+    resumes(&daemon, &mut guest, &mut io);
+    // The connection was lost a moment before.
+    front.session().stay_away(true);
+    front.session().cut();
+    daemon.stop();
+    front.session().stay_away(false);
+    comes(&mut daemon, &front);
+    resumes(&daemon, &mut guest, &mut io);
+}
+
+/// A guest that has shut its disk down, and whose machine has ended, is not waited for.
+#[test]
+fn an_orderly_end_after_the_guest_has_gone() {
+    let mut daemon = Program::surviving(&["--namespace", MEMORY]);
+    let (front, mut guest, io) = a_guest(&daemon);
+    drop(io);
+    guest.shut_down(false).expect("a shutdown");
+    drop((guest, front));
+    let start = Instant::now();
+    while !daemon.log().contains("front-end disconnected") {
+        assert!(
+            start.elapsed() < Duration::from_secs(20),
+            "{}",
+            daemon.log()
+        );
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    daemon.stop();
+    let state = std::fs::read_dir(daemon.dir().join("state")).expect("a directory");
+    let left: Vec<_> = state.flatten().filter(|e| e.path().is_dir()).collect();
+    assert!(left.is_empty(), "{left:?}; {}", daemon.log());
+}
+
 #[test]
 fn a_namespace_that_is_gone() {
     let mut daemon = Program::surviving(&with(&[MEMORY, MEMORY]));
