@@ -315,11 +315,15 @@ mod tests {
 
     use super::*;
 
-    /// A place on a tmpfs, if there is one here.
-    fn place() -> Option<(tempfile::TempDir, Keep)> {
-        let root = tempfile::tempdir_in("/dev/shm").ok()?;
+    /// A place on a tmpfs.
+    fn place() -> (tempfile::TempDir, Keep) {
+        let root = tempfile::tempdir_in("/dev/shm").unwrap();
+        assert!(
+            is_tmpfs(root.path()),
+            "these tests need a tmpfs at /dev/shm"
+        );
         let keep = Keep::open(root.path(), Path::new("/x.sock"), Duration::ZERO).unwrap();
-        is_tmpfs(root.path()).then_some((root, keep))
+        (root, keep)
     }
 
     fn read(kept: &Kept) -> [u8; 3] {
@@ -328,7 +332,7 @@ mod tests {
 
     #[test]
     fn what_is_stored_is_found_again_and_what_does_not_fit_is_new() {
-        let Some((_root, keep)) = place() else { return };
+        let (_root, keep) = place();
         let store = |len| keep.store(1, len, HugeWish::Never).unwrap();
         let first = store(10_000);
         assert!(!first.found && first.id.len() == 32);
@@ -377,7 +381,7 @@ mod tests {
 
     #[test]
     fn a_store_that_is_cut_fails_from_then_on() {
-        let Some((_root, keep)) = place() else { return };
+        let (_root, keep) = place();
         let kept = keep.store(1, 20_000, HugeWish::Never).unwrap();
         assert!(kept.store.put(10_000, &mut [1; 100]));
         let file = open(&keep.path().unwrap().join("ns-1"), false).unwrap();

@@ -193,7 +193,11 @@ impl<'a> Connection<'a> {
             let id = new_instance().map_err(|e| refused("the connection", e))?;
             self.controller.set_instance(id);
             // A client that has just come has used nothing.
-            self.controller.go(false, DRAIN_LIMIT);
+            if !self.controller.go(false, DRAIN_LIMIT) {
+                // What it did now would be undone when that ends.
+                let why = format!("I/O of an earlier client is still out after {DRAIN_LIMIT:?}");
+                return Err(Ended(End::Refused(why)));
+            }
             return Ok(());
         };
         let Inside { image, mut files } = *before;
