@@ -334,9 +334,12 @@ impl Keeper {
 
     /// Make a lane. While the SSD is being reset it gets its queue pair later.
     fn lane(&mut self, depth: u32) -> Result<Lane, LaneError> {
+        // In the middle of a reset there is no driver: such a lane gets its queue pair with all others.
         let state = self.shared.state();
-        if state == SsdState::Gone || self.driver.is_none() {
-            return Err(LaneError::Gone);
+        match state {
+            SsdState::Gone => return Err(LaneError::Gone),
+            SsdState::Ready if self.driver.is_none() => return Err(LaneError::Gone),
+            SsdState::Ready | SsdState::Resetting => {}
         }
         let granted = self.facts.queue_pairs;
         let taken = |qid| self.lanes.iter().any(|l| l.config.qid == qid);

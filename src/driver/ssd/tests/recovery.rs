@@ -361,6 +361,27 @@ fn lanes_can_be_made_and_dropped_while_the_controller_is_reset() {
 }
 
 #[test]
+fn a_lane_that_is_made_while_another_is_slow_to_stop_serves_after_the_reset() {
+    let model = Model::new(ModelOptions::default());
+    let ssd = start(&model, hasty());
+    let mut slow = ssd.lane(31).unwrap();
+    ssd.reset();
+    // Nobody polls the first lane: the controller is stopped under it.
+    becomes("it is stopped", || !model.enabled());
+    let mut late = ssd.lane(31).unwrap();
+    late.submit(command(NvmOpcode::FLUSH, 0, 1), 5).unwrap();
+    late.ring();
+    let mut done = Vec::new();
+    becomes("it is flushed", || {
+        slow.poll(64, |_| panic!("nothing was submitted"));
+        late.poll(64, |c| done.push(c));
+        !done.is_empty()
+    });
+    assert!(done[0].status().is_success());
+    assert_eq!((ssd.state(), ssd.counters().resets), (SsdState::Ready, 1));
+}
+
+#[test]
 fn what_is_cancelled_ends_soon_and_is_not_done_again() {
     for (act, resets) in [(Act::Stall, 0), (Act::Deaf, 1)] {
         let model = Model::new(ModelOptions::default());
