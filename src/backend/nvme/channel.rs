@@ -427,7 +427,7 @@ impl Channel for NvmeChannel {
             ..*sqe
         };
         // Who finds no room may come again.
-        if !self.waiting.is_empty() || self.lane.submit(own, tag.into()).is_err() {
+        if !self.waiting.is_empty() || self.lane.submit_once(own, tag.into()).is_err() {
             return Submitted::Done(Status::COMMAND_INTERRUPTED);
         }
         self.stats.passed.one();

@@ -1,6 +1,7 @@
 //! A queue pair of an SSD for one poller, which survives resets of the SSD.
 
 mod flush;
+mod reset;
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -50,6 +51,8 @@ struct Slot {
     cancelled: bool,
     /// It is one of [`Flushes`].
     own: bool,
+    /// It is not submitted again once the device may have done it.
+    once: bool,
     /// How often it ran into its timeout.
     strikes: u8,
 }
@@ -115,6 +118,7 @@ impl Lane {
             asked: false,
             cancelled: false,
             own: false,
+            once: false,
             strikes: 0,
         };
         Self {
@@ -178,6 +182,21 @@ impl Lane {
     pub fn submit(&mut self, sqe: Sqe, user: u64) -> Result<(), SubmitError> {
         let index = self.claim()?;
         self.send_new(index, sqe, user);
+        Ok(())
+    }
+
+    /// As [`Self::submit`], a command of which nobody knows whether it may be done twice: if it was out when the device aborted it or was
+    /// reset, it fails with Command Interrupted.
+    ///
+    /// # Errors
+    ///
+    /// [`SubmitError::Full`].
+    pub fn submit_once(&mut self, sqe: Sqe, user: u64) -> Result<(), SubmitError> {
+        let index = self.claim()?;
+        self.send_new(index, sqe, user);
+        if let Some(slot) = self.slots.get_mut(usize::from(index)) {
+            slot.once = true;
+        }
         Ok(())
     }
 
@@ -249,6 +268,7 @@ impl Lane {
             asked: false,
             cancelled: false,
             own: false,
+            once: false,
             strikes: 0,
         };
         match &mut self.pair {
@@ -416,7 +436,9 @@ impl Lane {
             }
             let again = self.shared.options.on_reset == OnReset::Resubmit;
             let strikes = self.strike(index);
-            if again && strikes < STRIKES {
+            if self.is_once(index) {
+                self.fail(index, Status::COMMAND_INTERRUPTED, false);
+            } else if again && strikes < STRIKES {
                 self.send_again(index);
                 self.ring();
             } else {
@@ -428,6 +450,11 @@ impl Lane {
     fn is_cancelled(&self, index: u16) -> bool {
         let slot = self.slots.get(usize::from(index));
         slot.is_some_and(|s| s.cancelled)
+    }
+
+    fn is_once(&self, index: u16) -> bool {
+        let slot = self.slots.get(usize::from(index));
+        slot.is_some_and(|s| s.once)
     }
 
     fn strike(&mut self, index: u16) -> u8 {
@@ -484,80 +511,6 @@ impl Lane {
         mail.expired |= over;
         drop(mail);
         self.shared.tell();
-    }
-
-    /// Give the queue pair back. What the device has completed is kept.
-    fn park(&mut self) {
-        if let Some(mut pair) = self.pair.take() {
-            let (slots, free, deferred) = (&mut self.slots, &mut self.free, &mut self.deferred);
-            let flushed = &mut self.flushes.done;
-            pair.poll(pair.entries(), |c| {
-                let index = c.user as u16;
-                if let Some(slot) = slots.get_mut(usize::from(index)) {
-                    if slot.asked && c.status() == Status::ABORT_REQUESTED {
-                        return; // to be submitted again, or to fail, as all that is out
-                    }
-                    slot.place = Place::Free;
-                    free.push(index);
-                    match slot.own {
-                        true => flushed.push((index, c.status())),
-                        false => deferred.push(Completion {
-                            user: slot.user,
-                            cqe: c.cqe,
-                        }),
-                    }
-                }
-            });
-            let faults = pair.counters().faults;
-            count(&self.shared.counts.bad_completions, faults - self.faults);
-            self.faults = 0;
-            self.link.mail().returned = Some(pair);
-        }
-        self.link.mail().parked = true;
-        self.shared.tell();
-    }
-
-    /// Go on with a new queue pair.
-    fn resume(&mut self, pair: Box<Pair>) {
-        self.pair = Some(pair);
-        self.faults = 0;
-        let mut waiting: Vec<(u64, u16)> = (0u16..)
-            .zip(self.slots.iter())
-            .filter(|(_, s)| s.place != Place::Free)
-            .map(|(i, s)| (s.order, i))
-            .collect();
-        waiting.sort_unstable();
-        let resubmit = self.shared.options.on_reset == OnReset::Resubmit;
-        for (_, index) in waiting {
-            let Some(slot) = self.slots.get(usize::from(index)) else {
-                continue;
-            };
-            let (was_out, overdue) = (slot.place == Place::Out, slot.overdue);
-            if self.is_cancelled(index) {
-                self.fail(index, Status::ABORT_REQUESTED, false);
-            } else if was_out && !resubmit {
-                self.fail(index, Status::COMMAND_INTERRUPTED, false);
-            } else if was_out && overdue && self.strike(index) >= STRIKES {
-                self.fail(index, Status::COMMAND_INTERRUPTED, true);
-            } else {
-                self.send_again(index);
-            }
-        }
-        self.ring();
-    }
-
-    /// The device is gone.
-    fn give_up(&mut self) {
-        self.gone = true;
-        for index in 0..self.slots.len() as u16 {
-            if self
-                .slots
-                .get(usize::from(index))
-                .is_some_and(|s| s.place != Place::Free)
-            {
-                self.fail(index, Status::INTERNAL_ERROR, true);
-            }
-        }
     }
 }
 
