@@ -57,6 +57,8 @@ pub struct Driver<D: Device> {
     pub(super) events: VecDeque<AsyncEvent>,
     pub(super) next_user: u64,
     pub(super) aers_out: u32,
+    /// Queue pairs the controller refused to delete: it may still use their memory. They go with this driver.
+    kept: Vec<QueuePair<D::Bell>>,
 }
 
 /// Waits a little, longer each time: a peer may be a thread of this very machine.
@@ -238,6 +240,7 @@ impl<D: Device> Driver<D> {
             events: VecDeque::new(),
             next_user: 0,
             aers_out: 0,
+            kept: Vec::new(),
         };
         driver.identify = driver.identify_controller()?;
         // MDTS: a power of two in units of the smallest page; 0 for no limit.
@@ -326,13 +329,23 @@ impl<D: Device> Driver<D> {
     ///
     /// [`DriverError`] if it does not complete.
     pub fn shut_down(&mut self, abrupt: bool) -> Result<(), DriverError> {
+        self.shut_down_within(abrupt, Duration::MAX)
+    }
+
+    /// As [`Self::shut_down`], but wait no longer than this.
+    ///
+    /// # Errors
+    ///
+    /// [`DriverError`] if it does not complete.
+    pub fn shut_down_within(&mut self, abrupt: bool, limit: Duration) -> Result<(), DriverError> {
         let shn = if abrupt { Shn::ABRUPT } else { Shn::NORMAL };
         let cc = read_cc(&mut self.device)?;
         write_cc(&mut self.device, cc.with_shn(shn))?;
         // RTD3 Entry Latency, in microseconds, is what a normal shutdown may take.
         let after = ready_timeout(self.cap, &self.options)
             .max(Duration::from_micros(u64::from(self.identify.rtd3e)))
-            .min(self.options.most_ready_timeout);
+            .min(self.options.most_ready_timeout)
+            .min(limit);
         wait_csts(&mut self.device, "shutting down", after, |s| {
             if s.cfs() {
                 return Err(DriverError::Fatal {
@@ -374,7 +387,8 @@ impl<D: Device> Driver<D> {
     ///
     /// # Errors
     ///
-    /// The controller refused; then its memory is not reused either.
+    /// The controller refused; then its memory is not reused before this driver is dropped, which whoever deleted it should do when the
+    /// controller has been stopped.
     pub fn delete_queue_pair(&mut self, pair: QueuePair<D::Bell>) -> Result<(), DriverError> {
         match self
             .delete_sq(pair.qid())
@@ -382,8 +396,7 @@ impl<D: Device> Driver<D> {
         {
             Ok(()) => Ok(()),
             Err(e) => {
-                // The controller may still write to it.
-                std::mem::forget(pair);
+                self.kept.push(pair);
                 Err(e)
             }
         }

@@ -206,6 +206,16 @@ impl Model {
         self.0.lock().never_stops = on;
     }
 
+    /// A shutdown it is notified of does not end.
+    pub fn never_shuts_down(&self, on: bool) {
+        self.0.lock().never_shuts_down = on;
+    }
+
+    /// It deletes no queue.
+    pub fn refuses_deletion(&self, on: bool) {
+        self.0.lock().refuses_deletion = on;
+    }
+
     /// Another SSD is in its place.
     pub fn swap(&self, serial: &str) {
         self.0.lock().serial = serial.into();

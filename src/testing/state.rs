@@ -93,6 +93,8 @@ pub(super) struct State {
     cfs: bool,
     ready: bool,
     shut_down: bool,
+    /// A shutdown has begun, and does not end.
+    shutting_down: bool,
     pub(super) aqa: u32,
     pub(super) asq: u64,
     pub(super) acq: u64,
@@ -112,6 +114,8 @@ pub(super) struct State {
     pub(super) never_stops: bool,
     pub(super) isolated: bool,
     /// Letting go of it takes until this is taken back.
+    pub(super) never_shuts_down: bool,
+    pub(super) refuses_deletion: bool,
     pub(super) held_open: bool,
     pub(super) closed: bool,
     pub(super) smart: SmartLog,
@@ -153,6 +157,7 @@ impl State {
             shut_down: false,
             aqa: 0,
             asq: 0,
+            shutting_down: false,
             acq: 0,
             queues: HashMap::new(),
             cqs: HashMap::new(),
@@ -171,6 +176,8 @@ impl State {
             isolated: false,
             held_open: false,
             closed: false,
+            never_shuts_down: false,
+            refuses_deletion: false,
             smart: SmartLog {
                 critical_warning: CriticalWarning::new().with_temperature(true),
                 ..SmartLog::default()
@@ -184,9 +191,10 @@ impl State {
     }
 
     pub(super) fn csts(&self) -> Csts {
-        let shst = match self.shut_down {
-            true => Shst::COMPLETE,
-            false => Shst::NORMAL,
+        let shst = match (self.shut_down, self.shutting_down) {
+            (true, _) => Shst::COMPLETE,
+            (false, true) => Shst::OCCURRING,
+            (false, false) => Shst::NORMAL,
         };
         Csts::new()
             .with_rdy(self.ready)
@@ -236,12 +244,14 @@ impl State {
         }
         if cc.shn() != Shn::NONE && was.shn() == Shn::NONE {
             self.shutdowns += 1;
-            self.shut_down = true;
+            self.shutting_down = self.never_shuts_down;
+            self.shut_down = !self.never_shuts_down;
         }
     }
 
     fn disabled(&mut self) {
-        (self.ready, self.cfs, self.shut_down) = (false, false, false);
+        (self.ready, self.cfs) = (false, false);
+        (self.shut_down, self.shutting_down) = (false, false);
         self.queues.clear();
         self.cqs.clear();
         self.events.clear();
@@ -437,6 +447,7 @@ impl State {
             AdminOpcode::DELETE_IO_SQ => {
                 let qid = DeleteQueue::from_sqe(sqe).qid;
                 self.held.retain(|h| h.0 != qid);
+            AdminOpcode::DELETE_IO_SQ if self.refuses_deletion => Err(Status::INTERNAL_ERROR),
                 self.queues.remove(&qid);
                 Ok(())
             }

@@ -16,8 +16,24 @@ const PARK_LIMIT: Duration = Duration::from_millis(500);
 /// How long lanes are given to let go of a device that is gone, before the device itself is let go of.
 const LEAVE_LIMIT: Duration = Duration::from_secs(1);
 
-/// How long a controller that is given up has to stop, before it is cut off.
-const LAST_LIMIT: Duration = Duration::from_secs(10);
+/// How long a controller has to save its cache, and then to stop, before it is cut off.
+#[derive(Clone, Copy)]
+struct Patience {
+    save: Duration,
+    stop: Duration,
+}
+
+/// With one that is given up: guests wait for their errors.
+const GIVEN_UP: Patience = Patience {
+    save: Duration::from_secs(2),
+    stop: Duration::from_secs(2),
+};
+
+/// At the end: nobody waits, and it may take the time it says it needs.
+const AT_THE_END: Patience = Patience {
+    save: Duration::MAX,
+    stop: Duration::from_secs(10),
+};
 
 /// How often a lane that does not stop is woken.
 const NUDGE: Duration = Duration::from_millis(50);
@@ -236,21 +252,21 @@ impl Keeper {
     /// The SSD is not there any more, or not for us: stop it as well as can be, fail everything, let go of it.
     fn give_up(&mut self, why: &str) {
         tracing::error!(ssd = self.shared.name, why, "the SSD is given up");
-        self.isolate();
+        self.isolate(GIVEN_UP);
         self.fail_all();
         self.shared.publish(&SsdEvent::Gone);
     }
 
     /// Keep the device from memory, whatever state it is in.
-    fn isolate(&mut self) {
+    fn isolate(&mut self, patience: Patience) {
         if let Some(driver) = &mut self.driver {
             // Cached data goes to the media, if the controller listens.
             if matches!(driver.csts(), Ok(csts) if csts.rdy() && !csts.cfs()) {
-                let _ = driver.shut_down(false);
+                let _ = driver.shut_down_within(false, patience.save);
             }
         }
         let mut options = driver_options(&self.shared);
-        options.most_ready_timeout = options.most_ready_timeout.min(LAST_LIMIT);
+        options.most_ready_timeout = options.most_ready_timeout.min(patience.stop);
         let stopped = bringup::stop(&mut self.handle, &options);
         if !matches!(stopped, Ok(()) | Err(DriverError::Gone))
             && let Err(error) = self.handle.isolate()
@@ -279,7 +295,7 @@ impl Keeper {
     /// The SSD is not needed any more.
     pub(super) fn end(&mut self) {
         if self.driver.is_some() {
-            self.isolate();
+            self.isolate(AT_THE_END);
             self.fail_all();
         }
         self.shared.ended.store(true, Ordering::Release);

@@ -1,5 +1,6 @@
 //! An SSD, its lanes, and devices that are well, ill and hostile.
 
+mod endings;
 mod flush;
 mod once;
 mod recovery;
