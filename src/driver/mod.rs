@@ -41,8 +41,8 @@ pub use dma::{Dma, DmaPool};
 pub use queue::{Completion, Counters, Fault, QueueConfig, QueuePair, SubmitError, wait_for};
 pub use space::{Access, AddressSpace, MapMemoryError, Mapped, POOLS_SPAN, Pools};
 pub use ssd::{
-    FlushError, Lane, LaneError, OnReset, Ssd, SsdCounters, SsdEvent, SsdNamespace, SsdOptions,
-    SsdState,
+    Expected, FlushError, Lane, LaneError, OnReset, Ssd, SsdCounters, SsdEvent, SsdNamespace,
+    SsdOptions, SsdState, Watch,
 };
 
 /// One doorbell register, usable from the thread that owns the queue.

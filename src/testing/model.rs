@@ -216,6 +216,12 @@ impl Model {
         self.0.lock().refuses_deletion = on;
     }
 
+    /// Somebody formats or resizes a namespace: what it says of it from now on.
+    pub fn change_namespace(&self, nsid: u32, f: impl FnOnce(&mut IdentifyNamespace)) {
+        let index = (nsid as usize).wrapping_sub(1);
+        f(&mut self.0.lock().namespaces[index]);
+    }
+
     /// Another SSD is in its place.
     pub fn swap(&self, serial: &str) {
         self.0.lock().serial = serial.into();

@@ -103,6 +103,8 @@ pub(super) struct State {
     /// Doorbells that were given out, and how often each was written.
     pub(super) bells: Vec<(Which, Arc<AtomicU64>)>,
     disks: Vec<Disk>,
+    /// What it says of them.
+    pub(super) namespaces: Vec<IdentifyNamespace>,
     events: Vec<u16>,
     /// Commands that are not answered yet: queue, command, whether an Abort ends them, and in how many rounds they are done.
     held: Vec<(u16, Sqe, bool, Option<u32>)>,
@@ -112,10 +114,10 @@ pub(super) struct State {
     pub(super) gone: bool,
     pub(super) never_ready: bool,
     pub(super) never_stops: bool,
-    pub(super) isolated: bool,
-    /// Letting go of it takes until this is taken back.
     pub(super) never_shuts_down: bool,
     pub(super) refuses_deletion: bool,
+    pub(super) isolated: bool,
+    /// Letting go of it takes until this is taken back.
     pub(super) held_open: bool,
     pub(super) closed: bool,
     pub(super) smart: SmartLog,
@@ -155,9 +157,9 @@ impl State {
             cfs: false,
             ready: false,
             shut_down: false,
+            shutting_down: false,
             aqa: 0,
             asq: 0,
-            shutting_down: false,
             acq: 0,
             queues: HashMap::new(),
             cqs: HashMap::new(),
@@ -165,6 +167,7 @@ impl State {
             disks: (0..options.namespaces)
                 .map(|_| Disk::new(blocks, options.block_shift))
                 .collect(),
+            namespaces: vec![identify_namespace(options); options.namespaces as usize],
             events: Vec::new(),
             held: Vec::new(),
             mischief: options.mischief.clone(),
@@ -173,11 +176,11 @@ impl State {
             gone: false,
             never_ready: false,
             never_stops: false,
+            never_shuts_down: false,
+            refuses_deletion: false,
             isolated: false,
             held_open: false,
             closed: false,
-            never_shuts_down: false,
-            refuses_deletion: false,
             smart: SmartLog {
                 critical_warning: CriticalWarning::new().with_temperature(true),
                 ..SmartLog::default()
@@ -444,10 +447,10 @@ impl State {
                     _ => Err(Status::COMPLETION_QUEUE_INVALID),
                 }
             }
+            AdminOpcode::DELETE_IO_SQ if self.refuses_deletion => Err(Status::INTERNAL_ERROR),
             AdminOpcode::DELETE_IO_SQ => {
                 let qid = DeleteQueue::from_sqe(sqe).qid;
                 self.held.retain(|h| h.0 != qid);
-            AdminOpcode::DELETE_IO_SQ if self.refuses_deletion => Err(Status::INTERNAL_ERROR),
                 self.queues.remove(&qid);
                 Ok(())
             }
@@ -505,7 +508,6 @@ impl State {
 
     fn identify(&self, core: &Core, sqe: &Sqe) -> Result<(), Status> {
         let command = Identify::from_sqe(sqe);
-        let known = (1..=core.options.namespaces).contains(&command.nsid);
         let send = |bytes: &[u8]| {
             transfer(&core.space, sqe, bytes.len() as u32, |s, at| {
                 core.space.write(s.addr, &bytes[at..at + s.len as usize])
@@ -546,8 +548,13 @@ impl State {
                 };
                 send(limits.as_bytes())
             }
-            Cns::NAMESPACE if known => send(identify_namespace(&core.options).as_bytes()),
-            Cns::NAMESPACE => Err(Status::INVALID_NAMESPACE_OR_FORMAT),
+            Cns::NAMESPACE => {
+                let index = (command.nsid as usize).wrapping_sub(1);
+                match self.namespaces.get(index) {
+                    Some(namespace) => send(namespace.as_bytes()),
+                    None => Err(Status::INVALID_NAMESPACE_OR_FORMAT),
+                }
+            }
             _ => Err(Status::INVALID_FIELD),
         }
     }

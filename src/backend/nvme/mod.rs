@@ -26,7 +26,7 @@ use nvme_spec::log::SmartLog;
 use super::geometry::bytes_of;
 use super::traits::{Said, Traits};
 use super::{Geometry, Opcodes, OpenError};
-use crate::driver::{DriverError, FlushError, LaneError, Ssd};
+use crate::driver::{DriverError, Expected, FlushError, LaneError, Ssd, Watch};
 use job::Limits;
 use stats::Stats;
 
@@ -63,6 +63,8 @@ struct Shared {
     nsid: u32,
     /// First block.
     first: u64,
+    /// It must go on to have these blocks.
+    watch: Arc<Watch>,
     limits: Limits,
     traits: Traits,
     stats: Mutex<Vec<Arc<Stats>>>,
@@ -142,6 +144,11 @@ impl NvmeBackend {
                 window: Arc::clone(&options.window),
                 nsid,
                 first: blocks.start,
+                watch: ssd.watch(Expected {
+                    nsid,
+                    lbads: format.lbads,
+                    blocks: blocks.end,
+                }),
                 limits: Limits::of(&traits, namespace.noiob, block_shift),
                 traits,
                 stats: Mutex::default(),
@@ -151,7 +158,7 @@ impl NvmeBackend {
 
     pub(super) fn channel(&self, depth: u32) -> Result<NvmeChannel, OpenError> {
         let shared = &self.shared;
-        let lane = shared.ssd.lane(depth).map_err(|e| OpenError {
+        let lane = shared.ssd.lane_to(&shared.watch, depth).map_err(|e| OpenError {
             what: format!("no queue pair of SSD {} for a poller: {e}", shared.ssd.name()),
             hint: match e {
                 LaneError::NoQueues { .. } => {

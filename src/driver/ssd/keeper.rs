@@ -19,7 +19,7 @@ use zerocopy::FromBytes as _;
 
 use super::lane::{self, Lane};
 use super::link::{Link, Pair, Shared, Wish, clear, event_fd, lock};
-use super::{Facts, LaneError, SsdNamespace, SsdState};
+use super::{Facts, LaneError, SsdNamespace, SsdState, Watch};
 use crate::driver::lists::Lists;
 use crate::driver::{
     Access, AnyDevice, Device, Dma, Doorbell, Driver, DriverError, Options, QueueConfig, bringup,
@@ -33,7 +33,8 @@ const ERRORS: usize = 64;
 
 /// What a keeper can be asked. The sender is for the answer; it is dropped without one when the keeper ends.
 pub(super) enum Ask {
-    Lane(u32, Sender<Result<Lane, LaneError>>),
+    /// A lane of this depth, to a namespace in use or to any.
+    Lane(u32, Option<Arc<Watch>>, Sender<Result<Lane, LaneError>>),
     Namespaces(Sender<Result<Vec<u32>, DriverError>>),
     Namespace(u32, Sender<Result<SsdNamespace, DriverError>>),
     Smart(Sender<Result<SmartLog, DriverError>>),
@@ -122,6 +123,8 @@ impl Device for Handle {
 pub(super) struct Entry {
     pub(super) link: Arc<Link>,
     pub(super) config: QueueConfig,
+    /// The namespace it is for, if for one only.
+    pub(super) watch: Option<Arc<Watch>>,
 }
 
 pub(super) struct Keeper {
@@ -267,8 +270,8 @@ impl Keeper {
     pub(super) fn answer_lanes(&mut self) {
         for ask in std::iter::from_fn(|| self.asks.try_recv().ok()).collect::<Vec<_>>() {
             match ask {
-                Ask::Lane(depth, answer) => {
-                    let lane = self.lane(depth);
+                Ask::Lane(depth, watch, answer) => {
+                    let lane = self.lane(depth, watch);
                     let _ = answer.send(lane);
                 }
                 later => self.later.push_back(later),
@@ -280,8 +283,8 @@ impl Keeper {
     pub(super) fn answer_all(&mut self) {
         while let Some(ask) = self.later.pop_front().or_else(|| self.asks.try_recv().ok()) {
             match ask {
-                Ask::Lane(depth, answer) => {
-                    let lane = self.lane(depth);
+                Ask::Lane(depth, watch, answer) => {
+                    let lane = self.lane(depth, watch);
                     let _ = answer.send(lane);
                 }
                 Ask::Namespaces(answer) => {
@@ -333,7 +336,7 @@ impl Keeper {
     }
 
     /// Make a lane. While the SSD is being reset it gets its queue pair later.
-    fn lane(&mut self, depth: u32) -> Result<Lane, LaneError> {
+    fn lane(&mut self, depth: u32, watch: Option<Arc<Watch>>) -> Result<Lane, LaneError> {
         // In the middle of a reset there is no driver: such a lane gets its queue pair with all others.
         let state = self.shared.state();
         match state {
@@ -395,9 +398,14 @@ impl Keeper {
                 None
             }
         };
+        if watch.as_ref().is_some_and(|watch| watch.is_changed()) {
+            link.mail().refuse = true;
+            link.look.store(true, Ordering::Release);
+        }
         self.lanes.push(Entry {
             link: Arc::clone(&link),
             config,
+            watch,
         });
         Ok(Lane::new(lane::Parts {
             shared: Arc::clone(&self.shared),
@@ -413,6 +421,9 @@ impl Keeper {
     /// dropped.
     fn flush(&self, wish: Wish) {
         for lane in &self.lanes {
+            if lane.watch.as_ref().is_some_and(|watch| watch.is_changed()) {
+                continue;
+            }
             let mut mail = lane.link.mail();
             if mail.dropped.is_none() {
                 mail.flush.push(wish);

@@ -71,7 +71,8 @@ pub struct Lane {
     faults: u64,
     /// [`Self::deferred`], [`Self::aborted`] or [`Self::flushes`] holds something.
     attention: bool,
-    gone: bool,
+    /// It takes no commands any more: the SSD is gone, or the namespace has changed. What they fail with, Do Not Retry set.
+    refuses: Option<Status>,
     /// Commands the device aborted because the keeper asked for it.
     aborted: Vec<u16>,
     /// Completions that do not come from a queue.
@@ -130,7 +131,7 @@ impl Lane {
             order: 0,
             faults: 0,
             attention: false,
-            gone: false,
+            refuses: None,
             aborted: Vec::with_capacity(depth as usize),
             deferred: Vec::with_capacity(depth as usize),
             flushes: Flushes::default(),
@@ -272,21 +273,21 @@ impl Lane {
             strikes: 0,
         };
         match &mut self.pair {
-            Some(pair) => {
+            Some(pair) if self.refuses.is_none() => {
                 // There is room: the queue has as many slots as we have.
                 if let Ok(cid) = pair.submit(sqe, u64::from(index)) {
                     slot.cid = cid;
                     slot.place = Place::Out;
                 }
             }
-            None => self.without_a_queue(index),
+            _ => self.without_a_queue(index),
         }
     }
 
     #[cold]
     fn without_a_queue(&mut self, index: u16) {
-        if self.gone {
-            self.fail(index, Status::INTERNAL_ERROR, true);
+        if let Some(status) = self.refuses {
+            self.fail(index, status, true);
             self.link.wake_lane();
         }
     }
@@ -380,12 +381,17 @@ impl Lane {
         self.reap_aside();
         self.look_after_aborted();
         if self.link.look.swap(false, Ordering::AcqRel) {
-            let (order, check, flush) = {
+            let (order, check, flush, refuse) = {
                 let mut mail = self.link.mail();
                 let flush = std::mem::take(&mut mail.flush);
-                (mail.order.take(), std::mem::take(&mut mail.check), flush)
+                let check = std::mem::take(&mut mail.check);
+                (mail.order.take(), check, flush, mail.refuse)
             };
             self.flushes.want(flush);
+            // Before anything is submitted again.
+            if refuse {
+                self.refuse(Status::NAMESPACE_NOT_READY);
+            }
             match order {
                 Some(Order::Park) => self.park(),
                 Some(Order::Resume(pair)) => self.resume(pair),
@@ -432,6 +438,10 @@ impl Lane {
             count(&self.shared.counts.aborted, 1);
             if self.is_cancelled(index) {
                 self.fail(index, Status::ABORT_REQUESTED, false);
+                continue;
+            }
+            if let Some(status) = self.refuses {
+                self.fail(index, status, true);
                 continue;
             }
             let again = self.shared.options.on_reset == OnReset::Resubmit;

@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError, Weak};
 use std::{fs::File, io};
 
 use crossbeam_channel::{Receiver, Sender, TrySendError};
@@ -10,7 +10,7 @@ use nvme_spec::Status;
 use nvme_spec::log::SmartLog;
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::{SsdCounters, SsdEvent, SsdOptions, SsdState};
+use super::{SsdCounters, SsdEvent, SsdOptions, SsdState, Watch};
 use crate::driver::{Doorbell, Fault, QueuePair};
 
 /// A queue pair of any device.
@@ -67,6 +67,8 @@ pub(super) struct Shared {
     pub(super) counts: Counts,
     /// What the SSD said of its health last.
     pub(super) health: Mutex<Option<SmartLog>>,
+    /// Namespaces in use.
+    pub(super) watches: Mutex<Vec<Weak<Watch>>>,
     wake: OwnedFd,
     subscribers: Mutex<Vec<Sender<SsdEvent>>>,
 }
@@ -83,6 +85,7 @@ impl Shared {
             ended: AtomicBool::new(false),
             counts: Counts::default(),
             health: Mutex::default(),
+            watches: Mutex::default(),
             wake: event_fd()?,
             subscribers: Mutex::default(),
         })
@@ -171,6 +174,8 @@ pub(super) struct Mail {
     pub(super) order: Option<Order>,
     /// For the lane: report what is overdue.
     pub(super) check: bool,
+    /// For the lane: its namespace has changed, and takes no commands any more.
+    pub(super) refuse: bool,
     /// For the lane: namespaces to flush.
     pub(super) flush: Vec<Wish>,
     /// For the keeper: a queue pair that was asked for.

@@ -4,6 +4,7 @@
 //! keeper asks every lane for its queue pair, brings the controller up again and hands out new ones; the lanes submit again what was
 //! out, or fail it, as configured. Nothing of this costs the way of a command more than one load a pass.
 
+mod expect;
 mod keeper;
 mod lane;
 mod link;
@@ -26,6 +27,7 @@ use nvme_spec::log::{CriticalWarning, ErrorLogEntry, SmartLog};
 use nvme_spec::regs::{Cap, Vs};
 
 use super::{AddressSpace, AnyDevice, DriverError};
+pub use expect::{Expected, Watch};
 use keeper::{Ask, Keeper};
 pub use lane::Lane;
 use link::{Shared, Wish, lock};
@@ -310,8 +312,27 @@ impl Ssd {
     ///
     /// [`LaneError`].
     pub fn lane(&self, depth: u32) -> Result<Lane, LaneError> {
-        self.ask(|answer| Ask::Lane(depth, answer))
+        self.ask(|answer| Ask::Lane(depth, None, answer))
             .unwrap_or(Err(LaneError::Gone))
+    }
+
+    /// As [`Self::lane`], for commands to one namespace only. Once that is not what it must be, they fail with Namespace Not Ready, Do Not Retry
+    /// set, until the end of the process: what is on it now is something else.
+    ///
+    /// # Errors
+    ///
+    /// [`LaneError`].
+    pub fn lane_to(&self, watch: &Arc<Watch>, depth: u32) -> Result<Lane, LaneError> {
+        let watch = Some(Arc::clone(watch));
+        self.ask(|answer| Ask::Lane(depth, watch, answer))
+            .unwrap_or(Err(LaneError::Gone))
+    }
+
+    /// Have the keeper look whether a namespace is still what it must be: when the SSD reports that it changed, and after each reset.
+    pub fn watch(&self, expected: Expected) -> Arc<Watch> {
+        let watch = Arc::new(Watch::new(expected));
+        lock(&self.shared.watches).push(Arc::downgrade(&watch));
+        watch
     }
 
     /// All active namespaces, by ascending NSID.

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::keeper::{Handle, Keeper, Trouble, driver_options, interrupt_of, set_up, trouble_of};
 use super::link::{Order, Pair, count};
-use super::{SsdEvent, SsdState};
+use super::{SsdEvent, SsdState, expect};
 use crate::driver::{Device as _, Driver, DriverError, bringup};
 
 /// How long lanes are given to stop before the controller is stopped under them.
@@ -150,6 +150,8 @@ impl Keeper {
             return Err(DriverError::Unsupported("as many queue pairs as before"));
         }
         self.facts.queue_pairs = granted.min(self.facts.queue_pairs);
+        // Before anything is submitted again.
+        expect::look(&mut driver, &self.shared, |_| true)?;
         Ok(driver)
     }
 
@@ -162,6 +164,7 @@ impl Keeper {
         self.shared.set_state(SsdState::Ready);
         // Those that were dropped while we were at it need none.
         self.remove_dropped();
+        self.refuse_changed();
         for i in 0..self.lanes.len() {
             let Some(config) = self.lanes.get(i).map(|l| l.config) else {
                 break;

@@ -218,13 +218,14 @@ impl Keeper {
             tracing::info!(ssd = self.shared.name, ?event, "asynchronous event");
         }
         let news = match (event.kind, event.log_page) {
-            (EventType::NOTICE, LogId::CHANGED_NAMESPACES) => self
-                .with_driver(|d| d.log_as::<ChangedNamespaceList>(LogId::CHANGED_NAMESPACES, 0))
-                .ok()
-                .map(|list| {
-                    let ids = list.0.iter().copied().take_while(|id| *id != 0);
-                    SsdEvent::NamespacesChanged(ids.collect())
-                }),
+            (EventType::NOTICE, LogId::CHANGED_NAMESPACES) => {
+                let list = self
+                    .with_driver(|d| d.log_as::<ChangedNamespaceList>(LogId::CHANGED_NAMESPACES, 0))
+                    // One that does not say which: any.
+                    .unwrap_or_else(|_| ChangedNamespaceList::from_ids([NSID_BROADCAST]));
+                let ids = list.0.iter().copied().take_while(|id| *id != 0);
+                Some(SsdEvent::NamespacesChanged(ids.collect()))
+            }
             (EventType::SMART_HEALTH, _) => self
                 .read_health(false)
                 .ok()
@@ -237,6 +238,7 @@ impl Keeper {
             }
         };
         if let Some(news) = news {
+            self.look_at_namespaces(&news);
             self.shared.publish(&news);
         }
     }

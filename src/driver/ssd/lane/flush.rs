@@ -55,7 +55,7 @@ impl Lane {
         if self.flushes.wanted.is_empty() {
             return;
         }
-        if self.gone {
+        if self.refuses.is_some() {
             // Whoever waits is told by the end of the sender.
             return self.flushes.wanted.clear();
         }

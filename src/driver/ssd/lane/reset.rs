@@ -58,6 +58,8 @@ impl Lane {
             let again = resubmit && !slot.once;
             if self.is_cancelled(index) {
                 self.fail(index, Status::ABORT_REQUESTED, false);
+            } else if let Some(status) = self.refuses {
+                self.fail(index, status, true);
             } else if was_out && !again {
                 self.fail(index, Status::COMMAND_INTERRUPTED, false);
             } else if was_out && overdue && self.strike(index) >= STRIKES {
@@ -69,9 +71,26 @@ impl Lane {
         self.ring();
     }
 
+    /// Take no commands any more. What waits fails; what is out is the device's, and ends as that says.
+    pub(super) fn refuse(&mut self, status: Status) {
+        if self.refuses.is_some() {
+            return;
+        }
+        self.refuses = Some(status);
+        for index in 0..self.slots.len() as u16 {
+            if self
+                .slots
+                .get(usize::from(index))
+                .is_some_and(|s| s.place == Place::Held)
+            {
+                self.fail(index, status, true);
+            }
+        }
+    }
+
     /// The device is gone.
     pub(super) fn give_up(&mut self) {
-        self.gone = true;
+        self.refuses = Some(Status::INTERNAL_ERROR);
         for index in 0..self.slots.len() as u16 {
             if self
                 .slots

@@ -1,6 +1,7 @@
 //! An SSD, its lanes, and devices that are well, ill and hostile.
 
 mod endings;
+mod expect;
 mod flush;
 mod once;
 mod recovery;
