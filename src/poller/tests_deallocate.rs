@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use nvme_spec::nvm::{DatasetManagement, DsmRange};
+use nvme_spec::nvm::{DatasetManagement, DsmRange, Flush};
 use nvme_spec::opcode::NvmOpcode;
 use proptest::prelude::*;
 use zerocopy::IntoBytes as _;
@@ -32,8 +32,14 @@ fn guest(model: &Model) -> (Bench, Shown) {
         read_only: false,
         pass: Default::default(),
     });
-    let bench = Bench::new(backend.unwrap(), 1, 16, 64 << 10, true).unwrap();
+    let mut bench = Bench::new(backend.unwrap(), 1, 16, 64 << 10, true).unwrap();
     let shown = windows[1].show(&bench.data().map().regions()[0]).unwrap();
+    // The lane has its queue pair when it has done something.
+    bench.submit(0, [Flush { nsid: 1 }.to_sqe()]);
+    while bench.complete(0).0 == 0 {
+        bench.pass();
+        std::thread::yield_now();
+    }
     (bench, shown)
 }
 

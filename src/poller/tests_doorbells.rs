@@ -44,6 +44,13 @@ impl Rig {
         });
         let mut bench = Bench::new(backend.unwrap(), queues, 64, DATA, true).unwrap();
         let shown = window.show(&bench.data().map().regions()[0]).unwrap();
+        // The lane has its queue pair when it has done something.
+        let prp1 = bench.data().addr();
+        let read = ReadWrite::new(1, 0, 0).to_sqe(NvmOpcode::READ, prp1, 0);
+        bench.submit(0, [read]);
+        while bench.complete(0).0 == 0 {
+            bench.pass();
+        }
         while bench.pass() {}
         let before = model.doorbell_writes();
         Self {

@@ -326,7 +326,10 @@ impl NvmeChannel {
 
     /// Send what had to wait, as far as there is room for it and for results.
     fn go_on(&mut self, out: &mut Vec<Finished>) {
-        while out.len() < out.capacity()
+        // A lane that the SSD's keeper has not seen yet has room, but not for lists.
+        let mut full = false;
+        while !full
+            && out.len() < out.capacity()
             && self.lane.room() > 0
             && let Some(tag) = self.waiting.pop_front()
         {
@@ -340,6 +343,7 @@ impl NvmeChannel {
                 Err(Unsent::Full) => {
                     job.waits = true;
                     self.waiting.push_front(tag);
+                    full = true;
                 }
                 Err(Unsent::Refused(status)) => job.fail(status.into()),
             }

@@ -12,17 +12,14 @@ use crossbeam_channel::{Receiver, Sender};
 use nvme_spec::admin::Identify;
 use nvme_spec::identify::{Cns, Csi, NvmControllerIdentify, NvmNamespaceIdentify};
 use nvme_spec::log::{ErrorLogEntry, LogId, SmartLog};
-use nvme_spec::prp::PageSize;
-use nvme_spec::ring::RingSize;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use zerocopy::FromBytes as _;
 
-use super::lane::{self, Lane};
-use super::link::{Link, Pair, Shared, Wish, clear, event_fd, lock};
-use super::{Facts, LaneError, SsdNamespace, SsdState, Watch};
-use crate::driver::lists::Lists;
+use super::link::{Pair, Shared, Wish, clear, lock};
+use super::opening::{Entry, Opening};
+use super::{Facts, SsdNamespace};
 use crate::driver::{
-    Access, AnyDevice, Device, Dma, Doorbell, Driver, DriverError, Options, QueueConfig, bringup,
+    Access, AnyDevice, Device, Dma, Doorbell, Driver, DriverError, Options, bringup,
 };
 
 /// Asynchronous Event Requests to have out.
@@ -33,8 +30,7 @@ const ERRORS: usize = 64;
 
 /// What a keeper can be asked. The sender is for the answer; it is dropped without one when the keeper ends.
 pub(super) enum Ask {
-    /// A lane of this depth, to a namespace in use or to any.
-    Lane(u32, Option<Arc<Watch>>, Sender<Result<Lane, LaneError>>),
+    Lane(Opening),
     Namespaces(Sender<Result<Vec<u32>, DriverError>>),
     Namespace(u32, Sender<Result<SsdNamespace, DriverError>>),
     Smart(Sender<Result<SmartLog, DriverError>>),
@@ -119,14 +115,6 @@ impl Device for Handle {
     }
 }
 
-/// A lane, as the keeper sees it.
-pub(super) struct Entry {
-    pub(super) link: Arc<Link>,
-    pub(super) config: QueueConfig,
-    /// The namespace it is for, if for one only.
-    pub(super) watch: Option<Arc<Watch>>,
-}
-
 pub(super) struct Keeper {
     pub(super) shared: Arc<Shared>,
     asks: Receiver<Ask>,
@@ -137,8 +125,8 @@ pub(super) struct Keeper {
     pub(super) driver: Option<Driver<Handle>>,
     pub(super) lanes: Vec<Entry>,
     pub(super) facts: Facts,
-    /// Interrupt vectors that can be used; none at all without interrupts.
-    vectors: u16,
+    /// Lanes are woken by the device.
+    pub(super) interrupts: bool,
     pub(super) admin_interrupt: Option<File>,
     pub(super) removal: Option<File>,
     /// Abort commands that are out, by the number of their answer, with the time they were sent.
@@ -185,15 +173,19 @@ impl Keeper {
             max_transfer: driver.max_transfer(),
             queue_pairs: granted,
         };
-        let mut vectors = 0;
+        let mut vectors = Vec::new();
         while shared.options.interrupts
-            && vectors <= granted
-            && handle
-                .interrupt(vectors)
+            && vectors.len() <= usize::from(granted)
+            && let Some(file) = handle
+                .interrupt(vectors.len() as u16)
                 .map_err(DriverError::device("setting up an interrupt"))?
-                .is_some()
         {
-            vectors += 1;
+            vectors.push(file);
+        }
+        let interrupts = !vectors.is_empty();
+        {
+            let mut seats = lock(&shared.seats);
+            (seats.granted, seats.vectors) = (granted, vectors);
         }
         let removal = handle
             .removal()
@@ -208,7 +200,7 @@ impl Keeper {
             driver: Some(driver),
             lanes: Vec::new(),
             facts,
-            vectors,
+            interrupts,
             admin_interrupt,
             removal,
             aborts: Vec::new(),
@@ -270,10 +262,7 @@ impl Keeper {
     pub(super) fn answer_lanes(&mut self) {
         for ask in std::iter::from_fn(|| self.asks.try_recv().ok()).collect::<Vec<_>>() {
             match ask {
-                Ask::Lane(depth, watch, answer) => {
-                    let lane = self.lane(depth, watch);
-                    let _ = answer.send(lane);
-                }
+                Ask::Lane(opening) => self.open(opening),
                 later => self.later.push_back(later),
             }
         }
@@ -283,10 +272,7 @@ impl Keeper {
     pub(super) fn answer_all(&mut self) {
         while let Some(ask) = self.later.pop_front().or_else(|| self.asks.try_recv().ok()) {
             match ask {
-                Ask::Lane(depth, watch, answer) => {
-                    let lane = self.lane(depth, watch);
-                    let _ = answer.send(lane);
-                }
+                Ask::Lane(opening) => self.open(opening),
                 Ask::Namespaces(answer) => {
                     let list = self.with_driver(Driver::namespaces);
                     let _ = answer.send(list);
@@ -335,88 +321,6 @@ impl Keeper {
         result
     }
 
-    /// Make a lane. While the SSD is being reset it gets its queue pair later.
-    fn lane(&mut self, depth: u32, watch: Option<Arc<Watch>>) -> Result<Lane, LaneError> {
-        // In the middle of a reset there is no driver: such a lane gets its queue pair with all others.
-        let state = self.shared.state();
-        match state {
-            SsdState::Gone => return Err(LaneError::Gone),
-            SsdState::Ready if self.driver.is_none() => return Err(LaneError::Gone),
-            SsdState::Ready | SsdState::Resetting => {}
-        }
-        let granted = self.facts.queue_pairs;
-        let taken = |qid| self.lanes.iter().any(|l| l.config.qid == qid);
-        let qid = (1..=granted)
-            .find(|qid| !taken(*qid))
-            .ok_or(LaneError::NoQueues {
-                granted,
-                used: self.lanes.len() as u16,
-            })?;
-        let most = u32::from(self.facts.cap.mqes_z()) + 1;
-        let size = RingSize::new(depth.saturating_add(1).clamp(2, most.clamp(2, 4096)))
-            .unwrap_or(RingSize::MIN);
-        let page = PageSize::K4;
-        let config = QueueConfig {
-            qid,
-            sq_size: size,
-            cq_size: size,
-            depth: size.capacity(),
-            // The lists are the lane's: they outlive the queue pair.
-            max_transfer: page.bytes(),
-            vector: match self.vectors {
-                0 => None,
-                1 => Some(0),
-                n => Some(1 + (qid - 1) % (n - 1)),
-            },
-        };
-        let device = |what| DriverError::device(what);
-        let wake = match config.vector {
-            Some(vector) => self
-                .handle
-                .interrupt(vector)
-                .map_err(device("setting up an interrupt"))?,
-            None => None,
-        };
-        let wake = match wake {
-            Some(file) => file,
-            None => event_fd().map_err(device("making an eventfd"))?.into(),
-        };
-        let max_transfer = self.facts.max_transfer;
-        let handle = &mut self.handle;
-        let lists = Lists::new(page, config.depth, max_transfer, true, |bytes| {
-            handle.allocate(bytes, Access::ReadOnly)
-        })
-        .map_err(device("allocating PRP lists"))?;
-        let link = Arc::new(Link::new(wake));
-        let pair = match state {
-            SsdState::Ready => {
-                let pair = self.with_driver(|d| d.create_queue_pair(config))?;
-                Some(Box::new(pair))
-            }
-            _ => {
-                link.mail().parked = true;
-                None
-            }
-        };
-        if watch.as_ref().is_some_and(|watch| watch.is_changed()) {
-            link.mail().refuse = true;
-            link.look.store(true, Ordering::Release);
-        }
-        self.lanes.push(Entry {
-            link: Arc::clone(&link),
-            config,
-            watch,
-        });
-        Ok(Lane::new(lane::Parts {
-            shared: Arc::clone(&self.shared),
-            link,
-            pair,
-            depth: config.depth,
-            lists,
-            limits: self.limits(),
-        }))
-    }
-
     /// Have a lane flush a namespace: a Flush is about all that was completed before, on whatever queue. If there is none, the wish is
     /// dropped.
     fn flush(&self, wish: Wish) {
@@ -433,22 +337,15 @@ impl Keeper {
             }
         }
     }
+}
 
-    /// Ticks after which a command is overdue, and after which it is not waited for any more.
-    fn limits(&self) -> [u32; 2] {
-        let ticks = |d: Duration| {
-            u32::try_from(d.as_nanos().div_ceil(self.tick.as_nanos().max(1)))
-                .unwrap_or(u32::MAX / 2)
-        };
-        let options = &self.shared.options;
-        let overdue = ticks(options.command_timeout);
-        [overdue, overdue.saturating_add(ticks(options.abort_grace))]
-    }
-
-    /// Whether lanes are woken by the device.
-    pub(super) fn interrupts(&self) -> bool {
-        self.vectors > 0
-    }
+/// Ticks after which a command is overdue, and after which it is not waited for any more.
+pub(super) fn limits(shared: &Shared) -> [u32; 2] {
+    let tick = tick(shared).as_nanos().max(1);
+    let ticks = |d: Duration| u32::try_from(d.as_nanos().div_ceil(tick)).unwrap_or(u32::MAX / 2);
+    let options = &shared.options;
+    let overdue = ticks(options.command_timeout);
+    [overdue, overdue.saturating_add(ticks(options.abort_grace))]
 }
 
 /// The time the lanes count in.

@@ -78,7 +78,9 @@ pub struct Lane {
     /// Completions that do not come from a queue.
     deferred: Vec<Completion>,
     flushes: Flushes,
-    lists: Lists,
+    /// None until the keeper has seen it.
+    lists: Option<Lists>,
+    max_transfer: u32,
     /// Ticks after which a command is overdue, and after which it is not waited for any more.
     limits: [u32; 2],
 }
@@ -87,10 +89,8 @@ pub struct Lane {
 pub(super) struct Parts {
     pub(super) shared: Arc<Shared>,
     pub(super) link: Arc<Link>,
-    /// None while the SSD is being reset.
-    pub(super) pair: Option<Box<Pair>>,
     pub(super) depth: u32,
-    pub(super) lists: Lists,
+    pub(super) max_transfer: u32,
     pub(super) limits: [u32; 2],
 }
 
@@ -106,6 +106,7 @@ fn made_up(user: u64, status: Status, dnr: bool) -> Completion {
 }
 
 impl Lane {
+    /// One without a queue pair: that comes with the mail.
     pub(super) fn new(parts: Parts) -> Self {
         let depth = parts.depth.clamp(1, 65535);
         let free = Slot {
@@ -125,7 +126,7 @@ impl Lane {
         Self {
             slots: vec![free; depth as usize].into_boxed_slice(),
             free: (0..depth).rev().map(|i| i as u16).collect(),
-            pair: parts.pair,
+            pair: None,
             shared: parts.shared,
             link: parts.link,
             order: 0,
@@ -135,7 +136,8 @@ impl Lane {
             aborted: Vec::with_capacity(depth as usize),
             deferred: Vec::with_capacity(depth as usize),
             flushes: Flushes::default(),
-            lists: parts.lists,
+            lists: None,
+            max_transfer: parts.max_transfer,
             limits: parts.limits,
         }
     }
@@ -159,7 +161,7 @@ impl Lane {
 
     /// Largest transfer in bytes.
     pub fn max_transfer(&self) -> u32 {
-        self.lists.max_transfer()
+        self.max_transfer
     }
 
     /// An eventfd that is written when [`Self::poll`] should be called. It is never read: wait for its edges. The device writes it
@@ -215,7 +217,11 @@ impl Lane {
         user: u64,
     ) -> Result<(), SubmitError> {
         let index = self.claim()?;
-        match self.lists.describe(index, pages, offset, len) {
+        let Some(lists) = &mut self.lists else {
+            self.free.push(index);
+            return self.without_lists(sqe, user);
+        };
+        match lists.describe(index, pages, offset, len) {
             Ok(prps) => {
                 self.send_new(index, sqe.with_prps(prps.prp1, prps.prp2), user);
                 Ok(())
@@ -233,13 +239,27 @@ impl Lane {
     ///
     /// [`SubmitError`]; nothing was submitted then.
     pub fn submit_bytes(&mut self, sqe: Sqe, bytes: &[u8], user: u64) -> Result<(), SubmitError> {
-        if bytes.len() > self.lists.page().bytes() as usize {
+        let index = self.claim()?;
+        let Some(lists) = &mut self.lists else {
+            self.free.push(index);
+            return self.without_lists(sqe, user);
+        };
+        if bytes.len() > lists.page().bytes() as usize {
+            self.free.push(index);
             return Err(SubmitError::TooLong);
         }
-        let index = self.claim()?;
-        let at = self.lists.put(index, bytes);
+        let at = lists.put(index, bytes);
         self.send_new(index, sqe.with_prps(at, 0), user);
         Ok(())
+    }
+
+    /// The keeper has not seen this lane yet, or never will: then it fails.
+    #[cold]
+    fn without_lists(&mut self, sqe: Sqe, user: u64) -> Result<(), SubmitError> {
+        match self.refuses {
+            Some(_) => self.submit(sqe, user),
+            None => Err(SubmitError::Full),
+        }
     }
 
     #[inline]
@@ -385,6 +405,7 @@ impl Lane {
                 let mut mail = self.link.mail();
                 let flush = std::mem::take(&mut mail.flush);
                 let check = std::mem::take(&mut mail.check);
+                self.lists = mail.lists.take().or(self.lists.take());
                 (mail.order.take(), check, flush, mail.refuse)
             };
             self.flushes.want(flush);

@@ -10,7 +10,9 @@ use nvme_spec::Status;
 use nvme_spec::log::SmartLog;
 use rustix::event::{EventfdFlags, eventfd};
 
+use super::opening::Seats;
 use super::{SsdCounters, SsdEvent, SsdOptions, SsdState, Watch};
+use crate::driver::lists::Lists;
 use crate::driver::{Doorbell, Fault, QueuePair};
 
 /// A queue pair of any device.
@@ -67,6 +69,8 @@ pub(super) struct Shared {
     pub(super) counts: Counts,
     /// What the SSD said of its health last.
     pub(super) health: Mutex<Option<SmartLog>>,
+    /// Queue identifiers.
+    pub(super) seats: Mutex<Seats>,
     /// Namespaces in use.
     pub(super) watches: Mutex<Vec<Weak<Watch>>>,
     wake: OwnedFd,
@@ -85,6 +89,7 @@ impl Shared {
             ended: AtomicBool::new(false),
             counts: Counts::default(),
             health: Mutex::default(),
+            seats: Mutex::default(),
             watches: Mutex::default(),
             wake: event_fd()?,
             subscribers: Mutex::default(),
@@ -172,6 +177,8 @@ pub(super) struct Wish {
 pub(super) struct Mail {
     /// For the lane.
     pub(super) order: Option<Order>,
+    /// For the lane: where its PRP lists are. Once.
+    pub(super) lists: Option<Lists>,
     /// For the lane: report what is overdue.
     pub(super) check: bool,
     /// For the lane: its namespace has changed, and takes no commands any more.

@@ -8,6 +8,7 @@ mod expect;
 mod keeper;
 mod lane;
 mod link;
+mod opening;
 mod recover;
 #[cfg(test)]
 mod tests;
@@ -31,6 +32,7 @@ pub use expect::{Expected, Watch};
 use keeper::{Ask, Keeper};
 pub use lane::Lane;
 use link::{Shared, Wish, lock};
+use opening::Opening;
 
 /// How often one who waits for an answer looks whether the SSD is still there.
 const GONE_LOOK: Duration = Duration::from_millis(50);
@@ -306,26 +308,51 @@ impl Ssd {
         self.shared.subscribe()
     }
 
-    /// A queue pair for one poller, with at most `depth` commands out.
+    /// A queue pair for one poller, with at most `depth` commands out. Waits until it is there, or the SSD is being reset.
     ///
     /// # Errors
     ///
     /// [`LaneError`].
     pub fn lane(&self, depth: u32) -> Result<Lane, LaneError> {
-        self.ask(|answer| Ask::Lane(depth, None, answer))
-            .unwrap_or(Err(LaneError::Gone))
+        let (sender, answer) = crossbeam_channel::bounded(1);
+        let mut lane = self.open(depth, None, Some(sender))?;
+        self.await_answer(&answer).unwrap_or(Err(LaneError::Gone))?;
+        lane.poll(0, |_| {});
+        Ok(lane)
     }
 
-    /// As [`Self::lane`], for commands to one namespace only. Once that is not what it must be, they fail with Namespace Not Ready, Do Not Retry
-    /// set, until the end of the process: what is on it now is something else.
+    /// As [`Self::lane`], but wait for nothing: what is submitted waits until the queue pair is there, and fails with Internal Error if there will be none. It is
+    /// for commands to one namespace only: once that is not what it must be, they fail with Namespace Not Ready, Do Not Retry set, until the end
+    /// of the process, as what is on it now is something else.
     ///
     /// # Errors
     ///
-    /// [`LaneError`].
+    /// [`LaneError`]: all queue pairs are in use, the SSD is gone, or file descriptors ran out.
     pub fn lane_to(&self, watch: &Arc<Watch>, depth: u32) -> Result<Lane, LaneError> {
-        let watch = Some(Arc::clone(watch));
-        self.ask(|answer| Ask::Lane(depth, watch, answer))
-            .unwrap_or(Err(LaneError::Gone))
+        self.open(depth, Some(Arc::clone(watch)), None)
+    }
+
+    fn open(
+        &self,
+        depth: u32,
+        watch: Option<Arc<Watch>>,
+        answer: Option<Sender<Result<(), LaneError>>>,
+    ) -> Result<Lane, LaneError> {
+        if self.state() == SsdState::Gone {
+            return Err(LaneError::Gone);
+        }
+        let (opening, link, depth) = Opening::new(&self.shared, &self.facts, depth, watch, answer)?;
+        let lane = Lane::new(lane::Parts {
+            shared: Arc::clone(&self.shared),
+            link,
+            depth,
+            max_transfer: self.facts.max_transfer,
+            limits: keeper::limits(&self.shared),
+        });
+        let asked = self.asks.send(Ask::Lane(opening));
+        asked.map_err(|_| LaneError::Gone)?;
+        self.shared.wake();
+        Ok(lane)
     }
 
     /// Have the keeper look whether a namespace is still what it must be: when the SSD reports that it changed, and after each reset.
@@ -419,6 +446,10 @@ impl Ssd {
         let (sender, answer) = crossbeam_channel::bounded(1);
         self.asks.send(make(sender)).ok()?;
         self.shared.wake();
+        self.await_answer(&answer)
+    }
+
+    fn await_answer<T>(&self, answer: &Receiver<T>) -> Option<T> {
         loop {
             match answer.recv_timeout(GONE_LOOK) {
                 Ok(answer) => return Some(answer),

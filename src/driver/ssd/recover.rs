@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::keeper::{Handle, Keeper, Trouble, driver_options, interrupt_of, set_up, trouble_of};
-use super::link::{Order, Pair, count};
+use super::link::{Order, Pair, count, lock};
 use super::{SsdEvent, SsdState, expect};
 use crate::driver::{Device as _, Driver, DriverError, bringup};
 
@@ -150,6 +150,7 @@ impl Keeper {
             return Err(DriverError::Unsupported("as many queue pairs as before"));
         }
         self.facts.queue_pairs = granted.min(self.facts.queue_pairs);
+        lock(&self.shared.seats).granted = self.facts.queue_pairs;
         // Before anything is submitted again.
         expect::look(&mut driver, &self.shared, |_| true)?;
         Ok(driver)
@@ -284,6 +285,8 @@ impl Keeper {
     /// Have every lane fail what it has; then let go of the device.
     fn fail_all(&mut self) {
         self.shared.set_state(SsdState::Gone);
+        // Those that nobody has seen yet fail too, before letting go takes its time.
+        self.answer_lanes();
         let mut pairs = Vec::new();
         self.order_all(|| Order::Gone, &mut pairs);
         self.let_droppers_go();

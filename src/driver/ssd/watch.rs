@@ -47,7 +47,7 @@ impl Keeper {
     pub(super) fn ticked(&mut self) {
         self.shared.epoch.fetch_add(1, Ordering::Relaxed);
         self.events_heard = 0;
-        let interrupts = self.interrupts();
+        let interrupts = self.interrupts;
         for lane in &self.lanes {
             if !lane.link.busy.load(Ordering::Relaxed) {
                 continue;

@@ -1,10 +1,12 @@
 //! Commands handed on as the guest wrote them, while its memory changes.
 
+use nvme_spec::regs::{Cap, css};
+
 use super::*;
 use crate::backend::nvme::Window;
-use crate::backend::{Fault, NvmeOptions, Operations, Rule, Rules};
+use crate::backend::{Fault, NvmeOptions, Opcodes, Operations, Rule, Rules};
 use crate::driver::dma::{Mapping, shared_memory};
-use crate::driver::{Ssd, SsdOptions};
+use crate::driver::{Ssd, SsdOptions, SsdState};
 use crate::testing::{Model, ModelOptions};
 
 /// On an SSD that completes at once, with faults to come.
@@ -118,4 +120,70 @@ fn commands_nobody_understands_pass_only_if_the_operator_says_so() {
     sqe.opcode = 0x80;
     sqe.nsid = 2;
     assert_eq!(g.run(sqe), Status::INVALID_OPCODE, "no such namespace");
+}
+
+/// An SSD that takes its time to come back keeps its own guests waiting, and nobody else.
+#[test]
+fn a_poller_does_not_wait_for_an_ssd_that_is_being_reset() {
+    let memory = Backend::memory(MemoryOptions {
+        block_shift: 12,
+        blocks: 256,
+        read_only: false,
+        huge_pages: HugePages::Never,
+    });
+    let mut g = Guest::on(memory.unwrap(), 16, IdlePolicy::Adaptive, false, false);
+    let model = Model::new(ModelOptions {
+        // It may take two minutes, it says.
+        cap: Cap::new().with_mqes_z(1023).with_to(255).with_css(css::NVM),
+        ..ModelOptions::default()
+    });
+    let options = SsdOptions::default();
+    let ssd = Ssd::start("quiet".into(), model.device(), model.space(), options).unwrap();
+    let window = Window::sole(ssd.space(), "quiet").unwrap();
+    let backend = Backend::nvme(&NvmeOptions {
+        ssd: Arc::clone(&ssd),
+        window,
+        nsid: 1,
+        offset: 0,
+        size: None,
+        read_only: false,
+        pass: Opcodes::NONE,
+    });
+    model.never_ready(true);
+    ssd.reset();
+    let begun = Instant::now();
+    while model.life()[0] < 2 {
+        assert!(begun.elapsed() < Duration::from_secs(20), "not enabled");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    // Its guest comes, to the poller that serves the other.
+    let (replies_tx, replies) = unbounded();
+    let attachment = Box::new(Attachment {
+        key: ControllerKey(8),
+        sink: Arc::new(Sink {
+            replies: replies_tx,
+            events: unbounded().0,
+            released: unbounded().0,
+        }),
+        namespaces: Arc::new([Namespace::new(1, Arc::new(backend.unwrap()), false)]),
+        stats: Arc::new([NamespaceStats::default()]),
+        map: Arc::clone(&g.map),
+        window: DoorbellWindow::new(4096).unwrap(),
+        stride: DoorbellStride::new(3),
+        max_transfer: 1 << 20,
+        max_namespaces: 1,
+        sgls: false,
+        doorbells: DoorbellMode::Trapped,
+        journal: None,
+    });
+    let token = 1;
+    g.pool.handles()[0].send(Message::Attach { token, attachment });
+    for cid in 1..20 {
+        let status = g.run(io(NvmOpcode::READ, cid, 0, 1, DATA, 0));
+        assert_eq!(status, Status::SUCCESS);
+    }
+    let reply = replies.recv_timeout(Duration::from_secs(10)).unwrap();
+    assert_eq!(reply.result, Ok(true));
+    assert_eq!(ssd.state(), SsdState::Resetting, "all the time");
+    model.vanish();
 }
