@@ -4,6 +4,7 @@
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use nvme_spec::Sqe;
 
@@ -163,6 +164,12 @@ impl Backend {
     /// What it says of itself, if it is an SSD's.
     pub fn traits(&self) -> Option<&Traits> {
         self.as_nvme().map(NvmeBackend::traits)
+    }
+
+    /// How long a request may be out that was cancelled, as far as that is known beforehand.
+    pub fn patience(&self) -> Duration {
+        self.as_nvme()
+            .map_or(Duration::ZERO, |nvme| nvme.ssd().0.patience())
     }
 
     /// Where the guest's memory must be shown for it.

@@ -1,6 +1,7 @@
 //! What a controller is and never changes: the checked form of its configuration.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use nvme_spec::doorbell::DoorbellStride;
 
@@ -44,6 +45,8 @@ pub(super) struct Info {
     /// SGLs are offered.
     pub(super) sgls: bool,
     pub(super) stride: DoorbellStride,
+    /// How long I/O may be out that is not wanted any more.
+    pub(super) patience: Duration,
     pub(super) pci_ids: [u16; 4],
 }
 
@@ -80,6 +83,12 @@ impl Info {
             // What goes to an SSD in the guest's words goes there in PRPs.
             sgls: config.sgls && !config.namespaces.iter().any(|ns| ns.backend.forwards()),
             stride: DoorbellStride::new(config.doorbell_stride),
+            patience: config
+                .namespaces
+                .iter()
+                .map(|ns| ns.backend.patience())
+                .max()
+                .unwrap_or_default(),
             pci_ids: config.pci_ids,
         };
         let wrong = match config.doorbell_stride {
@@ -256,6 +265,7 @@ pub(super) mod tests {
             doorbell_buffer: true,
             sgls: true,
             stride: DoorbellStride::PACKED,
+            patience: Duration::ZERO,
             pci_ids: [0x1234, 0x5678, 0x9abc, 0xdef0],
         }
     }

@@ -443,7 +443,7 @@ impl Shared {
         let window = keep.doorbells(window)?;
         let (inbox, outbox) = Inbox::new(pollers)?;
         let shared = Self {
-            registers: Registers::new(info.max_queue_entries, info.stride.dstrd()),
+            registers: Registers::new(info.max_queue_entries, info.stride.dstrd(), info.patience),
             vectors: (0..info.queues)
                 .map(|vring| Arc::new(Vector::new(&window, vring)))
                 .collect(),

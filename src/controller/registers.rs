@@ -5,13 +5,17 @@
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use nvme_spec::regs::{Aqa, Cap, Cc, Crto, Csts, Vs, css, offset};
 
-/// Worst time to become ready, in units of 500 ms (CAP.TO and CRTO): a reset waits for I/O that is out.
-const READY_TIMEOUT: u8 = 20;
+/// Least worst time to become ready (CAP.TO and CRTO): a reset waits for I/O that is out.
+const READY_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The unit of CAP.TO and CRTO.
+const TIMEOUT_UNIT_MS: u128 = 500;
 
 /// The bits of CC that exist here: all but reserved ones and CRIME, which CAP does not offer.
 const CC_MASK: u32 = 0x00FF_FFF1;
@@ -50,12 +54,15 @@ pub(super) struct Registers {
 }
 
 impl Registers {
-    pub(super) fn new(max_queue_entries: u32, doorbell_stride: u8) -> Self {
+    /// `patience`: how long I/O may be out that is not wanted any more.
+    pub(super) fn new(max_queue_entries: u32, doorbell_stride: u8, patience: Duration) -> Self {
+        let units = patience.max(READY_TIMEOUT).as_millis();
+        let to = u8::try_from(units.div_ceil(TIMEOUT_UNIT_MS)).unwrap_or(u8::MAX);
         let mqes_z = u16::try_from(max_queue_entries.saturating_sub(1)).unwrap_or(u16::MAX);
         let cap = Cap::new()
             .with_mqes_z(mqes_z)
             .with_cqr(true)
-            .with_to(READY_TIMEOUT)
+            .with_to(to)
             .with_dstrd(doorbell_stride & 0xF)
             .with_css(css::NVM)
             // 2.0 asks for it: we are ready when our media are.
@@ -107,7 +114,7 @@ impl Registers {
             ASQ_HIGH => (host.asq >> 32) as u32,
             offset::ACQ => host.acq as u32,
             ACQ_HIGH => (host.acq >> 32) as u32,
-            offset::CRTO => Crto::new().with_crwmt(u16::from(READY_TIMEOUT)).into_bits(),
+            offset::CRTO => Crto::new().with_crwmt(u16::from(self.cap.to())).into_bits(),
             _ => 0,
         }
     }
@@ -236,7 +243,7 @@ mod tests {
 
     #[test]
     fn capabilities_say_what_we_do() {
-        let r = Registers::new(1024, 2);
+        let r = Registers::new(1024, 2, Duration::ZERO);
         let cap = Cap::from_bits(read64(&r, 0));
         assert_eq!((cap.mqes_z(), cap.cqr(), cap.dstrd()), (1023, true, 2));
         assert_eq!((cap.css(), cap.to(), cap.ams()), (1, 20, 0));
@@ -245,14 +252,29 @@ mod tests {
         assert_eq!(read32(&r, offset::CRTO), 20);
         assert_eq!(read32(&r, 4), (cap.into_bits() >> 32) as u32);
         assert_eq!(
-            Cap::from_bits(read64(&Registers::new(65536, 0), 0)).mqes_z(),
+            Cap::from_bits(read64(&Registers::new(65536, 0, Duration::ZERO), 0)).mqes_z(),
             65535
         );
     }
 
     #[test]
+    fn the_time_a_reset_may_take_is_told_in_halves_of_seconds() {
+        for (ms, units) in [
+            (0, 20),
+            (10_001, 21),
+            (42_500, 85),
+            (127_500, 255),
+            (200_000, 255),
+        ] {
+            let r = Registers::new(64, 0, Duration::from_millis(ms));
+            assert_eq!(Cap::from_bits(read64(&r, 0)).to(), units);
+            assert_eq!(read32(&r, offset::CRTO), u32::from(units));
+        }
+    }
+
+    #[test]
     fn queue_addresses_are_written_whole_and_in_halves() {
-        let r = Registers::new(64, 0);
+        let r = Registers::new(64, 0, Duration::ZERO);
         assert!(r.write(offset::ASQ, &0x1234_5678_9abc_d000u64.to_le_bytes()));
         assert!(r.write(offset::ACQ + 4, &7u32.to_le_bytes()));
         assert!(r.write(offset::ACQ, &0x2000u32.to_le_bytes()));
@@ -269,7 +291,7 @@ mod tests {
 
     #[test]
     fn the_interrupt_mask_is_set_and_cleared_by_ones() {
-        let r = Registers::new(64, 0);
+        let r = Registers::new(64, 0, Duration::ZERO);
         r.write(offset::INTMS, &0xF0u32.to_le_bytes());
         r.write(offset::INTMS, &0x0Fu32.to_le_bytes());
         r.write(offset::INTMC, &0x11u32.to_le_bytes());
@@ -279,7 +301,7 @@ mod tests {
 
     #[test]
     fn cc_reports_changes_and_remembers_a_short_disable() {
-        let r = Registers::new(64, 0);
+        let r = Registers::new(64, 0, Duration::ZERO);
         let on = Cc::new().with_en(true).into_bits();
         assert!(r.write(offset::CC, &on.to_le_bytes()));
         assert!(!r.write(offset::CC, &on.to_le_bytes()), "the same value");
@@ -296,7 +318,7 @@ mod tests {
 
     #[test]
     fn read_only_registers_odd_sizes_and_odd_offsets_are_ignored() {
-        let r = Registers::new(64, 0);
+        let r = Registers::new(64, 0, Duration::ZERO);
         let mut before = [0; 0x100];
         r.read(0, &mut before);
         for at in [offset::CAP, offset::VS, offset::CSTS, offset::NSSR, 0x38] {
@@ -316,7 +338,7 @@ mod tests {
             writes in prop::collection::vec((0u32..0x1010, prop::collection::vec(any::<u8>(), 0..10)), 0..40),
             at in any::<u32>(),
         ) {
-            let r = Registers::new(64, 0);
+            let r = Registers::new(64, 0, Duration::ZERO);
             for (at, bytes) in writes {
                 r.write(at, &bytes);
             }

@@ -164,6 +164,8 @@ fn a_controller_that_forwards_conforms() {
             },
         )
         .unwrap();
+        // A reset waits for what the SSD does not do: 30 s, 5 s of grace, and 5 s for the reset of that.
+        assert_eq!(outer.cap().to(), 80);
         // What the guest is told is what the SSD said.
         assert_eq!(
             outer.identify().vwc.present(),

@@ -28,7 +28,9 @@ enum Place {
     Free,
     /// Submitted to the device.
     Out,
-    /// Waits for a queue pair.
+    /// Was submitted; the device has been stopped since, and reaches none of its memory.
+    Stopped,
+    /// Waits for a queue pair, and was not submitted.
     Held,
 }
 
@@ -312,14 +314,26 @@ impl Lane {
         }
     }
 
-    /// What was submitted with this user value is not wanted any more: what is not done by the next tick (a quarter of a second at
-    /// most) is aborted. Completions come in any case: the device's own, or Command Abort Requested. A device that does not listen
+    /// What was submitted with this user value is not wanted any more. What the device does not have ends at once; what is not done by the
+    /// next tick (a quarter of a second at most) is aborted, or ends when the device has been stopped for a reset. Completions come in any case: the device's own, or Command Abort Requested. A device that does not listen
     /// is not reset for that before the command's time is up: otherwise a guest could have the SSD of others reset.
     pub fn cancel(&mut self, user: u64) {
-        for slot in &mut self.slots {
-            if slot.place != Place::Free && slot.user == user && !slot.own {
-                slot.cancelled = true;
+        let mut any = false;
+        for index in 0..self.slots.len() as u16 {
+            let Some(slot) = self.slots.get_mut(usize::from(index)) else {
+                continue;
+            };
+            if slot.place == Place::Free || slot.user != user || slot.own {
+                continue;
             }
+            slot.cancelled = true;
+            if slot.place != Place::Out {
+                self.fail(index, Status::ABORT_REQUESTED, false);
+                any = true;
+            }
+        }
+        if any {
+            self.link.wake_lane();
         }
     }
 
@@ -401,12 +415,13 @@ impl Lane {
         self.reap_aside();
         self.look_after_aborted();
         if self.link.look.swap(false, Ordering::AcqRel) {
-            let (order, check, flush, refuse) = {
+            let (order, check, flush, refuse, stopped) = {
                 let mut mail = self.link.mail();
                 let flush = std::mem::take(&mut mail.flush);
                 let check = std::mem::take(&mut mail.check);
                 self.lists = mail.lists.take().or(self.lists.take());
-                (mail.order.take(), check, flush, mail.refuse)
+                let stopped = std::mem::take(&mut mail.stopped);
+                (mail.order.take(), check, flush, mail.refuse, stopped)
             };
             self.flushes.want(flush);
             // Before anything is submitted again.
@@ -421,6 +436,9 @@ impl Lane {
                     self.give_up();
                 }
                 None => {}
+            }
+            if stopped {
+                self.device_stopped();
             }
             if check {
                 self.check();
@@ -503,7 +521,7 @@ impl Lane {
         };
         slot.stamp = stamp;
         (slot.overdue, slot.asked) = (false, false);
-        if slot.place == Place::Out {
+        if matches!(slot.place, Place::Out | Place::Stopped) {
             count(&self.shared.counts.resubmitted, 1);
         }
         slot.place = Place::Held;

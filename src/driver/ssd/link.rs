@@ -183,6 +183,8 @@ pub(super) struct Mail {
     pub(super) check: bool,
     /// For the lane: its namespace has changed, and takes no commands any more.
     pub(super) refuse: bool,
+    /// For the lane: the device has been stopped since it was parked.
+    pub(super) stopped: bool,
     /// For the lane: namespaces to flush.
     pub(super) flush: Vec<Wish>,
     /// For the keeper: a queue pair that was asked for.

@@ -288,6 +288,17 @@ impl Ssd {
         self.facts.queue_pairs
     }
 
+    /// How long a command may take that nobody wants any more, if the SSD does not listen: its time, the grace, and a reset.
+    pub fn patience(&self) -> Duration {
+        let options = &self.shared.options;
+        let reset = Duration::from_millis(500) * u32::from(self.facts.cap.to());
+        let reset = reset.clamp(
+            options.least_ready_timeout,
+            options.most_ready_timeout.max(options.least_ready_timeout),
+        );
+        options.command_timeout + options.abort_grace + reset
+    }
+
     /// Where memory is shown to it.
     pub fn space(&self) -> &Arc<dyn AddressSpace> {
         &self.space

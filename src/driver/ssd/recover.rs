@@ -78,6 +78,7 @@ impl Keeper {
         let stopped = self.stop_device();
         // Lanes that are slow, and lanes that are made or dropped meanwhile.
         if stopped.is_ok() {
+            self.tell_stopped();
             self.let_droppers_go();
             self.collect(None, &mut pairs);
         }
@@ -238,6 +239,15 @@ impl Keeper {
             if limit.is_none() {
                 self.let_droppers_go();
             }
+        }
+    }
+
+    /// The device reaches no memory of ours or of a guest: what lanes had out may end.
+    fn tell_stopped(&self) {
+        for lane in &self.lanes {
+            lane.link.mail().stopped = true;
+            lane.link.look.store(true, Ordering::Release);
+            lane.link.wake_lane();
         }
     }
 

@@ -39,6 +39,25 @@ impl Lane {
         self.shared.tell();
     }
 
+    /// The device has been stopped. What nobody wants any more ends now; the rest waits for a new queue pair. If there is one already, all of
+    /// this was done with it.
+    pub(super) fn device_stopped(&mut self) {
+        if self.pair.is_some() {
+            return;
+        }
+        for index in 0..self.slots.len() as u16 {
+            let Some(slot) = self.slots.get_mut(usize::from(index)) else {
+                continue;
+            };
+            if slot.place == Place::Out {
+                slot.place = Place::Stopped;
+                if slot.cancelled {
+                    self.fail(index, Status::ABORT_REQUESTED, false);
+                }
+            }
+        }
+    }
+
     /// Go on with a new queue pair.
     pub(super) fn resume(&mut self, pair: Box<Pair>) {
         self.pair = Some(pair);
@@ -54,7 +73,8 @@ impl Lane {
             let Some(slot) = self.slots.get(usize::from(index)) else {
                 continue;
             };
-            let (was_out, overdue) = (slot.place == Place::Out, slot.overdue);
+            let was_out = matches!(slot.place, Place::Out | Place::Stopped);
+            let overdue = slot.overdue;
             let again = resubmit && !slot.once;
             if self.is_cancelled(index) {
                 self.fail(index, Status::ABORT_REQUESTED, false);

@@ -419,6 +419,47 @@ fn what_is_cancelled_ends_soon_and_is_not_done_again() {
     }
 }
 
+#[test]
+fn what_is_cancelled_during_a_reset_does_not_wait_for_its_end() {
+    let model = Model::new(ModelOptions::default());
+    let ssd = start(&model, SsdOptions::default());
+    let mut slow = ssd.lane(31).unwrap();
+    let mut lane = ssd.lane(31).unwrap();
+    model.misbehave(Mischief::of(&[Act::Deaf], 10_000));
+    let flush = command(NvmOpcode::FLUSH, 0, 1);
+    for user in [1, 2, 3] {
+        lane.submit(flush, user).unwrap();
+    }
+    lane.ring();
+    model.misbehave(Mischief::default());
+    // One before the device is stopped, one after that, and one it never had. The reset does not end: nobody polls the other lane.
+    lane.cancel(1);
+    ssd.reset();
+    let mut done = Vec::new();
+    becomes("the first ends", || {
+        lane.poll(64, |c| done.push(c));
+        !done.is_empty()
+    });
+    assert!(!model.enabled(), "the device is stopped by then");
+    lane.submit(flush, 4).unwrap();
+    lane.ring();
+    lane.cancel(2);
+    lane.cancel(4);
+    // At once: whoever looks next is told.
+    lane.poll(64, |c| done.push(c));
+    assert_eq!(users(&done), [1, 2, 4]);
+    let aborted = |c: &Completion| c.status() == Status::ABORT_REQUESTED;
+    assert!(done.iter().all(aborted));
+    assert_eq!(ssd.state(), SsdState::Resetting);
+    becomes("the rest is done", || {
+        slow.poll(64, |_| panic!("nothing was submitted"));
+        lane.poll(64, |c| done.push(c));
+        done.len() == 4
+    });
+    assert!(done[3].user == 3 && done[3].status().is_success());
+    assert_eq!(model.commands(NvmOpcode::FLUSH), 1);
+}
+
 /// Sleep on the wake-up descriptor until so many completions are there, looking only when it says so.
 fn collect_asleep(lane: &mut Lane, n: usize) -> Vec<Completion> {
     let mut done = Vec::new();
