@@ -122,14 +122,13 @@ fn new_instance() -> io::Result<[u8; 16]> {
 
 /// What the controller wants of us. A client that has mapped the doorbells has them for good; one that has not cannot be made to.
 struct Front {
-    asked: AtomicBool,
+    /// Signalled when it wants to know how they reach it.
     wake: OwnedFd,
 }
 
 impl Front {
     fn new() -> io::Result<Self> {
         Ok(Self {
-            asked: AtomicBool::new(false),
             wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
         })
     }
@@ -137,7 +136,6 @@ impl Front {
 
 impl FrontEnd for Front {
     fn request_doorbells(&self, _: DoorbellMode) {
-        self.asked.store(true, Ordering::Release);
         let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
     }
 }
@@ -156,6 +154,14 @@ struct Connection<'a> {
     since: Option<(Instant, Instant)>,
     /// What the client is to get.
     outgoing: VecDeque<Outgoing>,
+}
+
+/// What there is to do.
+struct Ready {
+    /// The client has sent something, or takes more.
+    client: bool,
+    /// The controller wants to know how doorbells reach it.
+    front: bool,
 }
 
 /// Bytes for the client, with a file that goes with the first of them.
@@ -263,11 +269,8 @@ impl<'a> Connection<'a> {
 
     /// Wait for one thing and do it.
     fn step(&mut self) -> Result<(), Ended> {
-        let message = if self.wait(PollFlags::IN, self.patience())? {
-            self.read()?
-        } else {
-            None
-        };
+        let ready = self.wait()?;
+        let message = if ready.client { self.read()? } else { None };
         if let Some(message) = message {
             self.carry_out(message)?;
         }
@@ -275,7 +278,7 @@ impl<'a> Connection<'a> {
             self.settle()?;
         }
         self.device.serve_pin();
-        if self.front.asked.swap(false, Ordering::Acquire) {
+        if ready.front {
             let _ = rustix::io::read(&self.front.wake, &mut [0; 8]);
             self.tell_doorbells();
         }
@@ -289,26 +292,33 @@ impl<'a> Connection<'a> {
         Some(until.saturating_duration_since(Instant::now()))
     }
 
-    /// Wait for the client's socket, for so long at most; whether it is ready. Ends that come from our side are looked at first.
-    fn wait(&self, events: PollFlags, limit: Option<Duration>) -> Result<bool, Ended> {
+    /// Wait for whatever there may be to do.
+    fn wait(&self) -> Result<Ready, Ended> {
+        let mut others = vec![self.front.wake.as_fd()];
+        others.extend(self.device.raised());
+        self.wait_for(PollFlags::IN, &others, self.patience())
+    }
+
+    /// Wait for the client's socket and for `others`, of which the first is the front's, for so long at most. Ends that come from our side
+    /// are looked at first.
+    fn wait_for(
+        &self,
+        events: PollFlags,
+        others: &[BorrowedFd<'_>],
+        limit: Option<Duration>,
+    ) -> Result<Ready, Ended> {
         let limit = limit.map(|limit| Timespec {
             tv_sec: limit.as_secs().cast_signed(),
             tv_nsec: limit.subsec_nanos().into(),
         });
-        let pin = self.device.raised();
+        let window = self.controller.window();
         let mut fds = vec![
             PollFd::new(&self.client, events),
             PollFd::new(self.failure.wake(), PollFlags::IN),
             PollFd::new(&self.stop, PollFlags::IN),
-            PollFd::new(&self.front.wake, PollFlags::IN),
         ];
-        let window = self.controller.window();
-        fds.extend(
-            window
-                .cut_fd()
-                .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)),
-        );
-        fds.extend(pin.as_ref().map(|pin| PollFd::new(pin, PollFlags::IN)));
+        let more = others.iter().copied().chain(window.cut_fd());
+        fds.extend(more.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
         match poll(&mut fds, limit.as_ref()) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(e) => return Err(refused("waiting for the client", e)),
@@ -327,7 +337,10 @@ impl<'a> Connection<'a> {
         if window.is_cut() {
             return Err(Ended(End::Refused(DOORBELLS_CUT.into())));
         }
-        Ok(ready(0))
+        Ok(Ready {
+            client: ready(0),
+            front: !others.is_empty() && ready(3),
+        })
     }
 
     fn read(&mut self) -> Result<Option<Message>, Ended> {
@@ -440,7 +453,8 @@ impl<'a> Connection<'a> {
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                     self.outgoing.push_front(next);
-                    self.wait(PollFlags::OUT, None)?;
+                    // Not for what is done elsewhere: it would stay to be done, and we would not sleep.
+                    self.wait_for(PollFlags::OUT, &[], None)?;
                 }
                 Err(e)
                     if matches!(
@@ -465,3 +479,6 @@ impl<'a> Connection<'a> {
         });
     }
 }
+
+#[cfg(test)]
+mod tests;
