@@ -151,6 +151,49 @@ fn the_pin_is_a_level_that_is_masked_by_its_edge() {
     assert!(offers(&mut guest));
 }
 
+/// As KVM does it: its resample eventfd is signalled when the guest has ended the interrupt, and no message is sent.
+#[test]
+fn the_pin_is_unmasked_by_an_eventfd_too() {
+    let daemon = TestDaemon::one(Plan::of(Disk::memory(9, 64)));
+    let mut guest = bring_up(daemon.connect());
+    let front = guest.device().clone();
+    let mut io = Io::new(&mut guest, queue(1, 16), 1);
+    set(&front, NONE | TRIGGER, 2, 0, 0, &[]).unwrap();
+    let (pin, unmask) = (event(), event());
+    set(&front, EVENTFD_TRIGGER, 0, 0, 1, &[pin.as_fd()]).unwrap();
+    let eventfd = EVENTFD_TRIGGER & !TRIGGER;
+    set(&front, eventfd | UNMASK, 0, 0, 1, &[unmask.as_fd()]).unwrap();
+    let end_of_interrupt = || rustix::io::write(&unmask, &1u64.to_ne_bytes()).unwrap();
+    let comes = |pin: &std::os::fd::OwnedFd| (0..30).any(|_| signalled(pin, 900));
+    begin(&mut io);
+    assert!(comes(&pin));
+    begin(&mut io);
+    assert!(!signalled(&pin, 20), "masked by the first");
+    end_of_interrupt();
+    assert!(comes(&pin), "both are there still");
+    take(&mut io, 1);
+    end_of_interrupt();
+    assert!(comes(&pin), "one is");
+    take(&mut io, 1);
+    end_of_interrupt();
+    assert!(!signalled(&pin, 20), "no more than that");
+    // That of another device at the same interrupt, when ours was not masked.
+    end_of_interrupt();
+    begin(&mut io);
+    assert!(comes(&pin));
+    assert!(!signalled(&pin, 20), "unmasked by what came before");
+    // A message does it as well.
+    set(&front, NONE | UNMASK, 0, 0, 1, &[]).unwrap();
+    assert!(comes(&pin));
+    // Nobody listens to the eventfd any more.
+    set(&front, eventfd | UNMASK, 0, 0, 1, &[]).unwrap();
+    end_of_interrupt();
+    assert!(!signalled(&pin, 20));
+    set(&front, NONE | UNMASK, 0, 0, 1, &[]).unwrap();
+    assert!(comes(&pin));
+    take(&mut io, 1);
+}
+
 #[test]
 fn what_cannot_be_is_refused() {
     let daemon = TestDaemon::one(Plan::of(Disk::memory(9, 64)));
@@ -185,6 +228,7 @@ fn what_cannot_be_is_refused() {
         ),
         ("two actions", NONE | TRIGGER | MASK, 2, 0, 1, &[]),
         ("a mask of vectors", NONE | MASK, 2, 0, 1, &[]),
+        ("a mask by an eventfd", 4 | MASK, 0, 0, 1, &two[..1]),
         ("bytes that did not come", 2 | TRIGGER, 2, 0, 4, &[]),
     ] {
         let refused = set(&front, flags, index, start, count, files);

@@ -295,7 +295,7 @@ impl<'a> Connection<'a> {
     /// Wait for whatever there may be to do.
     fn wait(&self) -> Result<Ready, Ended> {
         let mut others = vec![self.front.wake.as_fd()];
-        others.extend(self.device.raised());
+        others.extend(self.device.pin_wakes());
         self.wait_for(PollFlags::IN, &others, self.patience())
     }
 

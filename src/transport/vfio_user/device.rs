@@ -53,6 +53,9 @@ pub struct Image {
     vectors: Vec<Option<usize>>,
     /// That of the pin.
     pin: Option<usize>,
+    /// What unmasks the pin; older versions leave none.
+    #[serde(default)]
+    unmask: Option<usize>,
     /// Whether the pin is masked.
     masked: bool,
     /// Whether the pin is to be signalled.
@@ -362,6 +365,7 @@ impl Device {
             pieces,
             vectors,
             pin: irqs.pin.map(|pin| keep(pin.into())),
+            unmask: irqs.unmask.map(|unmask| keep(unmask.into())),
             masked: irqs.masked,
             raised: irqs.raised,
         };
@@ -397,6 +401,7 @@ impl Device {
         let parts = Parts {
             vectors: vectors.collect::<Result<_, _>>()?,
             pin: image.pin.map(file).transpose()?,
+            unmask: image.unmask.map(file).transpose()?,
             masked: image.masked,
             raised: image.raised,
         };
@@ -408,8 +413,8 @@ impl Device {
     }
 
     /// What to wait for so that the interrupt pin is served.
-    pub fn raised(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
-        self.interrupts.raised().filter(|_| self.pin_allowed())
+    pub fn pin_wakes(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
+        self.interrupts.pin_wakes(self.pin_allowed())
     }
 
     /// Signal the interrupt pin if it is due.

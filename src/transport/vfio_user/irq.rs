@@ -2,17 +2,18 @@
 //!
 //! MSI-X is the client's eventfds, given to the controller as they are. The pin is a level that VFIO makes edges of: it is signalled once, is
 //! masked by that, and after the client has unmasked it is signalled again while it is due: as long as the guest has completions it has not
-//! taken. All vectors of the controller signal one eventfd of ours then, which says when to look.
+//! taken. All vectors of the controller signal one eventfd of ours then, which says when to look. A client may have given an eventfd that unmasks
+//! it, as it would the kernel: that is how KVM tells of the guest's end of interrupt (its resample eventfd).
 
 use std::fs::File;
-use std::io;
+use std::io::{self, IoSliceMut};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use nvme_spec::regs::Csts;
 use nvme_spec::regs::offset::CSTS;
 use rustix::event::{EventfdFlags, eventfd};
-use rustix::io::Errno;
+use rustix::io::{Errno, ReadWriteFlags, preadv2};
 
 use super::Refusal;
 use super::bar::signal;
@@ -54,6 +55,8 @@ pub struct Parts {
     pub vectors: Vec<Option<Arc<File>>>,
     /// The client's eventfd of the pin.
     pub pin: Option<File>,
+    /// The client's eventfd that unmasks the pin.
+    pub unmask: Option<File>,
     /// Whether the pin is masked.
     pub masked: bool,
     /// Whether the controller has raised the pin and nobody was told.
@@ -65,6 +68,8 @@ pub struct Interrupts {
     controller: Arc<Controller>,
     vectors: Vec<Option<Arc<File>>>,
     pin: Option<File>,
+    /// What unmasks the pin besides messages.
+    unmask: Option<File>,
     masked: bool,
     /// Signalled by the controller while the pin is used.
     raised: OwnedFd,
@@ -83,6 +88,7 @@ impl Interrupts {
             vectors: vec![None; usize::from(controller.queues())],
             controller: Arc::clone(controller),
             pin: None,
+            unmask: None,
             masked: false,
             raised: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             piped: false,
@@ -126,6 +132,9 @@ impl Interrupts {
                 if irqs.count > 0 && irqs.chosen(0) {
                     self.masked = irqs.flags & ACTION_MASK != 0;
                 }
+            }
+            (ACTION_UNMASK, INTX) => {
+                self.unmask = files.into_iter().flatten().next().and_then(Arc::into_inner);
             }
             (action, index) => {
                 return Err(Refusal::new(
@@ -173,7 +182,7 @@ impl Interrupts {
             self.pin = files.into_iter().flatten().next().and_then(Arc::into_inner);
             self.masked = false;
         } else if irqs.count == 0 {
-            self.pin = None;
+            (self.pin, self.unmask) = (None, None);
         } else {
             if irqs.chosen(0)
                 && let Some(pin) = &self.pin
@@ -219,6 +228,7 @@ impl Interrupts {
             raised: rustix::io::read(&self.raised, &mut [0; 8]) == Ok(8),
             vectors: self.vectors,
             pin: self.pin,
+            unmask: self.unmask,
             masked: self.masked,
         }
     }
@@ -230,6 +240,7 @@ impl Interrupts {
         }
         self.vectors = parts.vectors;
         self.pin = parts.pin;
+        self.unmask = parts.unmask;
         self.masked = parts.masked;
         if parts.raised {
             let _ = rustix::io::write(&self.raised, &1u64.to_ne_bytes());
@@ -238,22 +249,48 @@ impl Interrupts {
         true
     }
 
-    /// What becomes readable when the pin may have to be signalled; `None` while it cannot be.
-    pub fn raised(&self) -> Option<BorrowedFd<'_>> {
-        (self.piped && !self.masked).then(|| self.raised.as_fd())
+    /// What becomes readable when the pin may have to be signalled, as far as `allowed` lets it; `None` while it cannot be.
+    pub fn pin_wakes(&self, allowed: bool) -> Option<BorrowedFd<'_>> {
+        match (&self.unmask, self.masked) {
+            _ if !self.piped => None,
+            (Some(unmask), true) => Some(unmask.as_fd()),
+            (_, masked) => (allowed && !masked).then(|| self.raised.as_fd()),
+        }
+    }
+
+    /// Whether the client has unmasked the pin by its eventfd since this was asked last.
+    fn take_unmask(&mut self) -> bool {
+        let Some(unmask) = &self.unmask else {
+            return false;
+        };
+        let mut count = [0; 8];
+        let into = &mut [IoSliceMut::new(&mut count)];
+        // The client can clear O_NONBLOCK and take what we were woken for: only this read never waits.
+        match preadv2(unmask, into, u64::MAX, ReadWriteFlags::NOWAIT) {
+            Ok(8) => true,
+            Err(Errno::AGAIN | Errno::INTR) => false,
+            // Nothing that can be waited for: it would wake us for ever.
+            _ => {
+                self.unmask = None;
+                false
+            }
+        }
     }
 
     /// Signal the pin if there is something new for the guest in `map`, unless it is masked or `allowed` says no. Whether it is asserted.
     pub fn pass_on(&mut self, allowed: bool, map: &GuestMap) -> bool {
-        if self.piped
-            && !self.masked
-            && allowed
-            && let Some(pin) = &self.pin
-        {
+        if self.piped && self.masked && self.take_unmask() {
+            self.masked = false;
+        }
+        if self.piped && !self.masked && allowed {
             // First this, then the look: what is raised after it has us look again.
             let _ = rustix::io::read(&self.raised, &mut [0; 8]);
             if self.controller.is_pin_due(map) {
-                signal(pin);
+                // KVM signals it for others of a shared interrupt too: what came before was not about this one.
+                self.take_unmask();
+                if let Some(pin) = &self.pin {
+                    signal(pin);
+                }
                 self.masked = true;
             }
         }
