@@ -241,6 +241,36 @@ fn an_unmap_closes_its_file_and_waits_for_commands_that_are_out() {
 }
 
 #[test]
+fn what_was_posted_is_done_when_the_next_message_is_answered() {
+    let (disk, delays) = Disk::memory(9, 4096).with_delays();
+    let daemon = TestDaemon::start(vec![Plan::of(disk)], &pollers(1, IdlePolicy::Adaptive));
+    let mut guest = daemon.guest();
+    let front = guest.device().clone();
+    let mut io = Io::new(&mut guest, queue(1, 64), 1);
+    let hot = front.add_memory(0x8_0000_0000, 1 << 20).unwrap();
+    let data = hot.allocate(4096).unwrap();
+    delays.add(Rule::always(
+        Operations::READ,
+        Delay(Duration::from_millis(300)),
+    ));
+    let sqe = ReadWrite::new(1, 100, 7).to_sqe(NvmOpcode::READ, 0, 0);
+    io.pair.submit_data(sqe, data.addr(), 4096, 0).unwrap();
+    io.pair.ring();
+    std::thread::sleep(Duration::from_millis(20));
+    let body = vfio::unmap_body(0, hot.gpa, hot.len);
+    front.client().post(vfio::DMA_UNMAP, &body).unwrap();
+    // No answer to that, and the answer to this says that the command has let go.
+    front.client().read(vfio::BAR0, 0, &mut [0; 4]).unwrap();
+    data.fill(0xA5);
+    guest_tests::io::collect(&mut io.pair, 1);
+    assert!(data.bytes(4096).iter().all(|b| *b == 0xA5));
+    assert_eq!(
+        refused(front.client().request(vfio::DMA_UNMAP, &body, &[])),
+        2
+    );
+}
+
+#[test]
 fn random_messages_do_no_harm_to_others() {
     let plans = (0..2).map(|_| Plan::of(Disk::memory(9, 64))).collect();
     let daemon = TestDaemon::start(plans, &pollers(1, IdlePolicy::Adaptive));

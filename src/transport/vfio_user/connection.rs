@@ -356,7 +356,9 @@ impl<'a> Connection<'a> {
         tracing::trace!(controller = self.controller.name(), ?command);
         let about_memory = matches!(command, Command::DmaMap | Command::DmaUnmap);
         let access = matches!(command, Command::RegionRead | Command::RegionWrite);
-        if !about_memory && !access {
+        // A posted message is done before the next one is answered: its client has no other way to know.
+        let posted = self.held.iter().any(|(message, _)| message.is_posted());
+        if !about_memory && (!access || posted) {
             self.settle()?;
         }
         let was_mapped = self.device.is_mapped();

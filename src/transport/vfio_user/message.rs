@@ -94,9 +94,14 @@ impl Message {
         Body(self.bytes.get(HEADER..).unwrap_or_default())
     }
 
+    /// Whether the client wants no answer, be it a refusal. It may say so of any message, and ends the connection if it gets one all the same.
+    pub fn is_posted(&self) -> bool {
+        self.flags & NO_REPLY != 0
+    }
+
     /// The bytes of the answer; `None` if none is wanted.
     pub fn answer(&self, result: &Result<Answer, Refusal>) -> Option<Vec<u8>> {
-        if self.flags & NO_REPLY != 0 {
+        if self.is_posted() {
             return None;
         }
         let (body, flags, errno) = match result {
