@@ -58,7 +58,8 @@ impl Disk {
         }))
     }
 
-    fn over(backend: Result<Backend, OpenError>) -> Self {
+    /// On a backend that the test made.
+    pub fn over(backend: Result<Backend, OpenError>) -> Self {
         Self {
             backend: backend.expect("a backend of a test"),
             read_only: false,

@@ -314,9 +314,9 @@ impl Controller {
     ///
     /// # Errors
     ///
-    /// [`MemoryError`]: it takes longer, or an SSD cannot be shown the memory.
+    /// [`MemoryError`]: it takes longer, and may have to be tried again; or an SSD cannot be shown the memory.
     pub fn set_memory(&self, map: Arc<GuestMap>, limit: Duration) -> Result<(), MemoryError> {
-        self.dma.change(map, limit, |map| {
+        self.dma.change(map, limit, |map, limit| {
             self.wait(limit, |done| Mail::Memory(map, done))
         })
     }

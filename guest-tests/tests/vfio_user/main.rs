@@ -6,6 +6,8 @@ mod admin;
 mod basics;
 #[path = "../virtual_guest/fairness.rs"]
 mod fairness;
+#[path = "../virtual_guest/forwarded.rs"]
+mod forwarded;
 #[path = "../virtual_guest/hostile.rs"]
 mod hostile;
 #[path = "../virtual_guest/integrity.rs"]
@@ -38,6 +40,7 @@ mod upgrade;
 mod wakeup;
 
 mod interrupts;
+mod late;
 mod others;
 mod protocol;
 mod regions;

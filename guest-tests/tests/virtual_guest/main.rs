@@ -3,6 +3,7 @@
 mod admin;
 mod basics;
 mod fairness;
+mod forwarded;
 mod hostile;
 mod integrity;
 mod logs;

@@ -22,10 +22,12 @@ fn read(slba: u64, blocks: u16) -> nvme_spec::Sqe {
 
 #[test]
 fn memory_is_plugged_and_unplugged_while_commands_run() {
-    let daemon = TestDaemon::start(
-        vec![Plan::of(Disk::memory(9, 4096))],
-        &pollers(2, IdlePolicy::Adaptive),
-    );
+    plugged_and_unplugged(Disk::memory(9, 4096));
+}
+
+/// Memory that comes and goes under commands for this disk, which has 4096 blocks of 512 bytes.
+pub fn plugged_and_unplugged(disk: Disk) {
+    let daemon = TestDaemon::start(vec![Plan::of(disk)], &pollers(2, IdlePolicy::Adaptive));
     let mut guest = daemon.guest();
     let front = guest.device().clone();
     let mut steady = Io::new(&mut guest, queue(1, 32), 1);

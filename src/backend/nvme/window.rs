@@ -12,9 +12,6 @@ use crate::memory::Region;
 /// The least window worth having.
 const LEAST: u64 = 1 << 30;
 
-/// How long memory may take that was taken back and is not out of the device's sight yet.
-const LEAVING: Duration = Duration::from_secs(5);
-
 /// The part of an SSD's address space that belongs to one guest: device address = base + guest address.
 ///
 /// Memory that is not needed any more is taken back by a thread of the window, so that no poller ever waits for an IOMMU.
@@ -166,11 +163,12 @@ impl Window {
             .collect()
     }
 
-    /// Show a region at its place until what is returned, and every copy of it, is dropped.
+    /// Show a region at its place until what is returned, and every copy of it, is dropped. What was there before must be hidden
+    /// ([`Self::is_hidden`]): this does not wait for it.
     ///
     /// # Errors
     ///
-    /// It does not fit into the window, or the address space refuses it.
+    /// It does not fit into the window, the address space refuses it, or something is shown there.
     pub fn show(&self, region: &Arc<Region>) -> Result<Shown, MapMemoryError> {
         let inner = &self.inner;
         let (gpa, len) = (region.gpa(), region.len());
@@ -207,7 +205,7 @@ impl Window {
             );
             return Err(refused(what(), hint));
         }
-        let Some(mut live) = inner.wait_for(&range, LEAVING) else {
+        let Some(mut live) = inner.wait_for(&range, Duration::ZERO) else {
             let hint = "commands that are out still use memory that was there before; try again";
             return Err(refused(what(), hint));
         };

@@ -16,6 +16,7 @@ use super::Refusal;
 use super::device::{self, Device};
 use super::message::{Answer, Command, Message, ReadError, Reader};
 use crate::controller::{Controller, DRAIN_LIMIT, FrontEnd, MemoryError};
+use crate::memory::GuestMap;
 use crate::poller::DoorbellMode;
 use crate::transport::stream::send_some;
 use crate::transport::{DOORBELLS_CUT, End, Ended, Failure, refused};
@@ -26,8 +27,11 @@ const LINGER: Duration = Duration::from_millis(20);
 const MOST_LINGER: Duration = Duration::from_millis(500);
 /// Answers about memory that may wait for it.
 const MOST_HELD: usize = 1024;
-/// How long `DMA_UNMAP` waits for I/O: less than a VMM has patience (QEMU 5 s).
-const UNMAP_LIMIT: Duration = Duration::from_secs(4);
+/// How long messages about memory then wait for I/O: with all of the above less than a VMM has patience (QEMU 5 s).
+const UNMAP_LIMIT: Duration = Duration::from_millis(3500);
+/// How often memory that had to wait for I/O is tried again after that, and for how long each time.
+const RETRY: Duration = Duration::from_millis(100);
+const RETRY_LIMIT: Duration = Duration::from_millis(5);
 
 /// Serve a client until it goes, does something wrong, or `stop` becomes readable; one whose connection another process has begun
 /// (`before`) as if nothing had happened. The controller is attached meanwhile, and has let go of everything afterwards: unless we were
@@ -152,6 +156,8 @@ struct Connection<'a> {
     held: Vec<(Message, Result<Answer, Refusal>)>,
     /// When the first and the last of them came.
     since: Option<(Instant, Instant)>,
+    /// Memory that I/O keeps from the controller, and when to try it again.
+    late: Option<(Arc<GuestMap>, Instant)>,
     /// What the client is to get.
     outgoing: VecDeque<Outgoing>,
 }
@@ -189,6 +195,7 @@ impl<'a> Connection<'a> {
             reader: Reader::default(),
             held: Vec::new(),
             since: None,
+            late: None,
             outgoing: VecDeque::new(),
         })
     }
@@ -274,9 +281,10 @@ impl<'a> Connection<'a> {
         if let Some(message) = message {
             self.carry_out(message)?;
         }
-        if self.patience().is_some_and(|left| left.is_zero()) {
+        if self.settles_at().is_some_and(|at| at <= Instant::now()) {
             self.settle()?;
         }
+        self.retry();
         self.device.serve_pin();
         if ready.front {
             let _ = rustix::io::read(&self.front.wake, &mut [0; 8]);
@@ -285,11 +293,41 @@ impl<'a> Connection<'a> {
         Ok(())
     }
 
-    /// How long to wait until memory counts as settled; `None` if it does.
-    fn patience(&self) -> Option<Duration> {
+    /// When memory counts as settled; `None` if it does.
+    fn settles_at(&self) -> Option<Instant> {
         let (first, last) = self.since?;
-        let until = (last + LINGER).min(first + MOST_LINGER);
+        Some((last + LINGER).min(first + MOST_LINGER))
+    }
+
+    /// How long to wait for a message; `None` for ever.
+    fn patience(&self) -> Option<Duration> {
+        let again = self.late.as_ref().map(|(_, again)| *again);
+        let until = self.settles_at().or(again)?;
         Some(until.saturating_duration_since(Instant::now()))
+    }
+
+    /// Try again to give the controller the memory that had to wait, if it is time and no other is about to come.
+    fn retry(&mut self) {
+        if self.since.is_none()
+            && let Some((map, _)) = self.late.take_if(|(_, again)| *again <= Instant::now())
+        {
+            let controller = self.controller.name();
+            match self.give(map, RETRY_LIMIT) {
+                Err(MemoryError::NotYet(_)) => {}
+                Ok(()) | Err(MemoryError::InUse(_)) => {
+                    tracing::info!(controller, "memory that had to wait for I/O is there now");
+                }
+                Err(e) => tracing::error!(controller, "{e}"),
+            }
+        }
+    }
+
+    /// Give the controller this memory. What I/O keeps from it is tried again later.
+    fn give(&mut self, map: Arc<GuestMap>, limit: Duration) -> Result<(), MemoryError> {
+        let given = self.controller.set_memory(Arc::clone(&map), limit);
+        self.late =
+            matches!(given, Err(MemoryError::NotYet(_))).then(|| (map, Instant::now() + RETRY));
+        given
     }
 
     /// Wait for whatever there may be to do.
@@ -401,7 +439,12 @@ impl<'a> Connection<'a> {
             None => Ok(()),
             Some(Ok(map)) => {
                 self.device.set_map(Arc::clone(&map));
-                self.controller.set_memory(map, UNMAP_LIMIT)
+                // What is late already has been waited for.
+                let limit = match self.late {
+                    Some(_) => RETRY_LIMIT,
+                    None => UNMAP_LIMIT,
+                };
+                self.give(map, limit)
             }
             Some(Err(e)) => return Err(refused("a change of memory", e)),
         };
@@ -409,6 +452,7 @@ impl<'a> Connection<'a> {
         let failed = match &changed {
             Ok(()) => None,
             Err(MemoryError::InUse(_)) => Some((Errno::BUSY, Some(Command::DmaUnmap))),
+            Err(MemoryError::NotYet(_)) => Some((Errno::BUSY, None)),
             Err(_) => Some((Errno::NOMEM, None)),
         };
         if let Err(e) = changed {

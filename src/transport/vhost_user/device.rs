@@ -143,7 +143,7 @@ impl Device {
         let old = std::mem::replace(&mut self.state().memory, memory);
         match self.controller.set_memory(map, DRAIN_LIMIT) {
             Ok(()) => Ok(()),
-            Err(e @ MemoryError::InUse(_)) => refuse(e.to_string()),
+            Err(e @ (MemoryError::InUse(_) | MemoryError::NotYet(_))) => refuse(e.to_string()),
             Err(e) => {
                 // What was there before is still used.
                 self.state().memory = old;
