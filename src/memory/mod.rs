@@ -30,6 +30,6 @@ pub use mapping::Mapping;
 pub use ring::{Place, Ring, SharedWord};
 pub use seg::{Buffers, HostSeg};
 pub use store::Store;
-pub use vm::{Identity, VmRegion, check_file};
+pub use vm::{Identity, MOST_MAPPED, VmRegion, check_file, check_room};
 pub use window::{DoorbellWindow, SideWord};
 pub use words::SharedWords;

@@ -15,8 +15,9 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicUsize, Ordering, fence};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-/// Ranges that can be guarded at a time, over all guests.
-pub const MAX_RANGES: usize = 4096;
+/// Ranges that can be guarded at a time, over all guests. Each file of a guest takes one, of which a front-end may have a few hundred: no small number of
+/// them can take those of the others.
+pub const MAX_RANGES: usize = 32_768;
 
 /// One guarded range. The handler reads it without locks: `version` is odd while it is being changed, and a reader that
 /// saw it change ignores what it read. The range a fault lies in does not change meanwhile: the faulting thread keeps it.

@@ -20,6 +20,24 @@ use super::sigbus::Guard;
 /// `f_type` of a hugetlbfs file.
 const HUGETLBFS_MAGIC: u64 = 0x9584_58F6;
 
+/// `f_type` of the file systems whose pages come from this kernel and its disks: tmpfs (memfd too), hugetlbfs, ramfs, ext4, XFS, Btrfs, F2FS, ZFS,
+/// bcachefs. A page of any other may come from a process or a network (FUSE, NFS, CIFS, 9p, Ceph, or an overlay of them), and whoever touches it, a
+/// poller with all its guests, waits for as long as those like.
+const FILE_SYSTEMS: [u64; 9] = [
+    0x0102_1994,
+    HUGETLBFS_MAGIC,
+    0x8584_58F6,
+    0xEF53,
+    0x5846_5342,
+    0x9123_683E,
+    0xF2F5_2010,
+    0x2FC1_2FC1,
+    0xCA45_1A4E,
+];
+
+/// The most address space that one front-end's files are mapped to: this process has 128 TiB for all.
+pub const MOST_MAPPED: u64 = 16 << 40;
+
 /// What a mapping shows: two mappings with the same identity show the same bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Identity {
@@ -42,12 +60,18 @@ pub struct VmRegion {
 ///
 /// # Errors
 ///
-/// It is no regular file, is shorter than the region says, or the region is not made of whole pages of it.
+/// It is no regular file of a file system that memory may be on, is shorter than the region says, or the region is not made of whole pages of it.
 pub fn check_file(file: &FileOffset, gpa: u64, len: u64) -> io::Result<Identity> {
     let stat = rustix::fs::fstat(file.file())?;
     if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
         return Err(io::Error::other(format!(
             "the memory region at {gpa:#x} is not a file of shared memory (memfd, tmpfs or hugetlbfs)"
+        )));
+    }
+    let kind = rustix::fs::fstatfs(file.file())?.f_type as u64;
+    if !FILE_SYSTEMS.contains(&kind) {
+        return Err(io::Error::other(format!(
+            "the memory region at {gpa:#x} is a file on a file system that memory is not taken from (type {kind:#x}): use memfd, tmpfs, hugetlbfs, or a file on a local disk"
         )));
     }
     let size = u64::try_from(stat.st_size).unwrap_or(0);
@@ -70,6 +94,21 @@ pub fn check_file(file: &FileOffset, gpa: u64, len: u64) -> io::Result<Identity>
         gpa,
         len,
     })
+}
+
+/// Whether another `len` bytes may be mapped for a front-end for which these are mapped already.
+///
+/// # Errors
+///
+/// It would have more than [`MOST_MAPPED`].
+pub fn check_room(mapped: impl Iterator<Item = u64>, len: u64) -> io::Result<()> {
+    let all = mapped.fold(len, u64::saturating_add);
+    if all > MOST_MAPPED {
+        return Err(io::Error::other(format!(
+            "its files would take {all:#x} bytes of address space, more than {MOST_MAPPED:#x}"
+        )));
+    }
+    Ok(())
 }
 
 /// A file from its beginning, and the bytes of its whole pages.
@@ -121,21 +160,30 @@ impl VmRegion {
         self.identity.gpa
     }
 
-    /// Map all whole pages of a file, for [`Self::piece`]s of it. `wake` as in [`Self::new`].
+    /// All whole pages of a file, for [`Self::piece`]s of it: the one of `known` that shows them, or else a new mapping, for which `room` is asked
+    /// with its bytes. `wake` as in [`Self::new`].
     ///
     /// # Errors
     ///
-    /// As [`Self::new`].
-    pub fn whole_file(file: File, wake: Arc<OwnedFd>) -> io::Result<Arc<Self>> {
+    /// As [`Self::new`], and those of `room`.
+    pub fn whole_file(
+        file: File,
+        mut known: impl Iterator<Item = Arc<Self>>,
+        room: impl FnOnce(u64) -> io::Result<()>,
+        wake: Arc<OwnedFd>,
+    ) -> io::Result<Arc<Self>> {
         let (file, len) = whole_pages(file)?;
+        let identity = check_file(&file, 0, len)?;
+        if let Some(same) = known.find(|known| known.identity == identity) {
+            return Ok(same);
+        }
+        room(len)?;
         Self::new(file, 0, len, wake)
     }
 
-    /// Whether this is what [`Self::whole_file`] makes of a file.
-    pub fn is_whole_file(&self, file: &File) -> bool {
-        let same = file.try_clone().and_then(whole_pages);
-        let same = same.and_then(|(file, len)| check_file(&file, 0, len));
-        same.is_ok_and(|identity| identity == self.identity)
+    /// Bytes that are mapped.
+    pub fn bytes(&self) -> u64 {
+        self.identity.len
     }
 
     /// The file that is mapped.
@@ -193,10 +241,13 @@ mod tests {
     use super::*;
     use rustix::event::{EventfdFlags, eventfd};
 
+    fn memfd(len: u64) -> File {
+        crate::driver::dma::shared_memory("guest", len).unwrap()
+    }
+
     fn region(file_len: u64, offset: u64, len: u64) -> (std::fs::File, io::Result<Arc<VmRegion>>) {
         let wake = Arc::new(eventfd(0, EventfdFlags::NONBLOCK).unwrap());
-        let file = tempfile::tempfile().unwrap();
-        file.set_len(file_len).unwrap();
+        let file = memfd(file_len);
         let at = FileOffset::new(file.try_clone().unwrap(), offset);
         (file, VmRegion::new(at, 0x1000, len, wake))
     }
@@ -218,15 +269,40 @@ mod tests {
         let null = FileOffset::new(std::fs::File::open("/dev/zero").unwrap(), 0);
         let e = check_file(&null, 0, 4096).unwrap_err();
         assert!(e.to_string().contains("not a file of shared memory"), "{e}");
+        // A regular file, whose bytes nobody vouches for.
+        let proc = FileOffset::new(File::open("/proc/self/maps").unwrap(), 0);
+        let e = check_file(&proc, 0, 4096).unwrap_err();
+        assert!(e.to_string().contains("(type 0x9fa0)"), "{e}");
+    }
+
+    #[test]
+    fn address_space_has_an_end() {
+        assert!(check_room([1 << 40, MOST_MAPPED - (2 << 40)].into_iter(), 1 << 40).is_ok());
+        assert!(
+            check_room(
+                [1 << 40, MOST_MAPPED - (2 << 40)].into_iter(),
+                1 + (1 << 40)
+            )
+            .is_err()
+        );
+        assert!(check_room([u64::MAX].into_iter(), u64::MAX).is_err());
     }
 
     #[test]
     fn pieces_of_a_file_lie_in_one_mapping() {
         let wake = Arc::new(eventfd(0, EventfdFlags::NONBLOCK).unwrap());
-        let file = tempfile::tempfile().unwrap();
-        file.set_len(3 * 4096 + 5).unwrap();
-        let whole = VmRegion::whole_file(file.try_clone().unwrap(), wake).unwrap();
-        assert!(whole.is_whole_file(&file) && !whole.is_whole_file(&tempfile::tempfile().unwrap()));
+        let file = memfd(3 * 4096 + 5);
+        let of = |file: &File, known: &[&Arc<VmRegion>]| {
+            let known = known.iter().copied().cloned();
+            let room = |len| check_room([].into_iter(), len);
+            let file = file.try_clone().unwrap();
+            VmRegion::whole_file(file, known, room, Arc::clone(&wake))
+        };
+        let whole = of(&file, &[]).unwrap();
+        let other = of(&memfd(4096), &[&whole]).unwrap();
+        assert!(!Arc::ptr_eq(&whole, &other));
+        assert!(Arc::ptr_eq(&whole, &of(&file, &[&other, &whole]).unwrap()));
+        assert!(of(&memfd(MOST_MAPPED + 4096), &[]).is_err());
         let low = whole.piece(0x10000, 0x200, 0x1000).unwrap();
         let high = whole.piece(0x11000, 0x1200, 0x1e00).unwrap();
         assert_eq!(low.host().wrapping_add(0x1000), high.host());
@@ -243,7 +319,8 @@ mod tests {
         file.read_exact_at(&mut out, 0x11fe).unwrap();
         assert_eq!(out, [1, 2, 3, 4]);
         file.set_len(4 * 4096).unwrap();
-        assert!(!whole.is_whole_file(&file), "it has grown");
+        let grown = of(&file, &[&whole]).unwrap();
+        assert!(!Arc::ptr_eq(&whole, &grown), "it has grown");
     }
 
     #[test]

@@ -13,10 +13,12 @@ use std::sync::{Arc, Weak};
 use rustix::io::Errno;
 
 use super::Refusal;
-use crate::memory::{GuestMap, MapError, Region, VmRegion};
+use crate::memory::{GuestMap, MapError, Region, VmRegion, check_room};
 
 /// Pieces of memory there can be.
 pub const MAX_PIECES: usize = 4096;
+/// Files there can be: however a VMM cuts its memory into pieces, it is a few files.
+const MAX_FILES: usize = 512;
 
 /// Ranges that the log is told of.
 const MOST_WARNINGS: usize = 64;
@@ -198,13 +200,19 @@ impl Memory {
     /// The mapping of a whole file: the one there is, or a new one.
     fn file(&mut self, file: File) -> std::io::Result<Arc<VmRegion>> {
         self.files.retain(|f| f.strong_count() > 0);
-        let mut known = self.files.iter().filter_map(Weak::upgrade);
-        if let Some(same) = known.find(|known| known.is_whole_file(&file)) {
-            return Ok(same);
+        let known = || self.files.iter().filter_map(Weak::upgrade);
+        let room = |len| match self.files.len() {
+            0..MAX_FILES => check_room(known().map(|file| file.bytes()), len),
+            _ => Err(std::io::Error::other(format!(
+                "there are {MAX_FILES} files of memory already"
+            ))),
+        };
+        let file = VmRegion::whole_file(file, known(), room, Arc::clone(&self.wake))?;
+        let new = Arc::downgrade(&file);
+        if !self.files.iter().any(|known| known.ptr_eq(&new)) {
+            self.files.push(new);
         }
-        let new = VmRegion::whole_file(file, Arc::clone(&self.wake))?;
-        self.files.push(Arc::downgrade(&new));
-        Ok(new)
+        Ok(file)
     }
 
     /// `DMA_UNMAP`: the pieces that make up `len` bytes at `address`. How many bytes those were.
@@ -354,9 +362,7 @@ mod tests {
     }
 
     fn file(len: u64) -> File {
-        let file = tempfile::tempfile().unwrap();
-        file.set_len(len).unwrap();
-        file
+        crate::driver::dma::shared_memory("guest", len).unwrap()
     }
 
     fn apply(m: &mut Memory) -> Option<Arc<GuestMap>> {
@@ -438,6 +444,36 @@ mod tests {
         assert!(m.is_settled(), "nobody used it");
         assert_eq!(m.unmap(2, 0, 0).unwrap(), 0x1000);
         assert!(!m.is_settled());
+    }
+
+    #[test]
+    fn one_client_cannot_have_all_there_is() {
+        let mut m = memory();
+        let page = |n: usize| (n as u64) << 12;
+        for n in 0..MAX_FILES + 5 {
+            m.map(RW, 0, page(n), 4096, Some(file(4096))).unwrap();
+        }
+        let reached = |m: &mut Memory| {
+            apply(m);
+            m.used.len()
+        };
+        assert_eq!(reached(&mut m), MAX_FILES);
+        m.unmap(0, 0, page(1)).unwrap();
+        reached(&mut m);
+        // Room for one more, which is not too large.
+        let sparse = file(crate::memory::MOST_MAPPED - (1 << 20));
+        let at = page(MAX_FILES + 5);
+        m.map(RW, 0, at, 4096, Some(sparse)).unwrap();
+        assert_eq!(reached(&mut m), MAX_FILES - 1);
+        m.unmap(0, at, 4096).unwrap();
+        reached(&mut m);
+        // Many pieces of one file are one.
+        let ram = file(page(1000));
+        for n in 0..1000 {
+            let piece = Some(ram.try_clone().unwrap());
+            m.map(RW, page(n), at + page(2 * n), 4096, piece).unwrap();
+        }
+        assert_eq!(reached(&mut m), MAX_FILES - 1 + 1000);
     }
 
     proptest! {

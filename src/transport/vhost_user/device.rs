@@ -17,7 +17,7 @@ use vm_memory::FileOffset;
 
 use super::page::{self, FrontEndPage, Written};
 use crate::controller::{Controller, DRAIN_LIMIT, MemoryError};
-use crate::memory::{GuestMap, Region, VmRegion, check_file};
+use crate::memory::{GuestMap, Region, VmRegion, check_file, check_room};
 use crate::transport::{Failure, is_eventfd};
 
 /// `VIRTIO_F_VERSION_1`.
@@ -329,6 +329,8 @@ impl VhostUserBackendReqHandler for Device {
         files: Vec<File>,
         _: Option<bool>,
     ) -> Result<Option<Vec<VhostUserMemoryRegionBase>>> {
+        let sizes = table.iter().map(|region| region.memory_size);
+        check_room(sizes, 0).map_err(Error::ReqHandlerError)?;
         let known = self.state().memory.clone();
         let mut memory = Vec::with_capacity(table.len());
         for (region, file) in table.iter().zip(files) {
@@ -349,6 +351,8 @@ impl VhostUserBackendReqHandler for Device {
         if memory.len() >= MAX_REGIONS {
             return refuse(format!("more than {MAX_REGIONS} memory regions"));
         }
+        let sizes = memory.iter().map(|m| m.vm.bytes());
+        check_room(sizes, region.memory_size).map_err(Error::ReqHandlerError)?;
         // Not one we have: a region that comes a second time overlaps itself.
         let mapped = self.map(&[], region, file);
         memory.push(mapped.map_err(Error::ReqHandlerError)?);
