@@ -261,7 +261,7 @@ def a_back_end_that_hangs_keeps_nobody(w):
     b2 = again(w, b, answer={"GET_FEATURES": "silence"})
     answers_during(m, b2.connection)
     b2.wait(lambda: b2.connections >= 2, "it is dropped, and tried again")
-    answers_during(m, b2.connection)
+    responsive(m, 3)        # longer than such a connection, and what is between two
     same(m.read(4, BAR0 + CSTS), 0)
     says(m.stderr(), f"no answer to GET_FEATURES within {m.reply_timeout} ms")
     with b2.lock:
@@ -465,7 +465,7 @@ def the_machine_starts_before_the_daemon(w):
     for size, offset, value in wanted:
         m.write(size, BAR0 + offset, value)
     same(m.read(4, BAR0 + CSTS), 0, "not ready yet")
-    responsive(m, 1.2)      # which is longer than the time between two attempts
+    responsive(m, 2)        # longer than the time between two attempts
     b = w.backend()
     serves(b)
     b.wait(lambda: len(b.writes()) == 4, "what was written")

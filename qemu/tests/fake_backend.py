@@ -29,7 +29,7 @@ class Closed(Exception):
     """The front-end closed the connection."""
 
 
-def end(s):
+def shut(s):
     try:
         s.shutdown(socket.SHUT_RDWR)
     except OSError:     # it has ended
@@ -190,7 +190,7 @@ class Backend:
             self.back = None
         for s in ends:
             if s:
-                end(s)
+                shut(s)
                 s.close()
 
     def kill(self):
@@ -198,7 +198,7 @@ class Backend:
         # The thread in accept() would keep a socket alive that is only closed.
         with self.lock:
             self.over = True
-        end(self.listener)
+        shut(self.listener)
         self.die()
         self.thread.join(PATIENCE)
         self.listener.close()

@@ -159,7 +159,10 @@ def answers_during(m, state, times=5):
 
 
 def responsive(m, seconds):
-    """The main loop answers all the time, for so long: the best of some tries counts, since all here may be held up."""
+    """The main loop answers all the time, for so long; the best of some tries counts, since all here may be held up.
+
+    What it is to be held up by comes again and again, and has to be in each of the tries.
+    """
     longest = []
     while len(longest) < 20 and (not longest or min(longest) > 0.3):
         longest.append(0)

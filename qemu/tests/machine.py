@@ -12,6 +12,23 @@ from waiting import PATIENCE, wait_until
 BAR0, BAR4 = 0xE0000000, 0xE0100000
 
 
+class Lines:
+    """A socket of lines. Not one file to read and to write: a text file forgets what it has read ahead when it is written to,
+    so that an event that came together with an answer was lost."""
+
+    def __init__(self, s):
+        self.socket = s
+        self.input = s.makefile("r", newline="\n")
+
+    def send(self, line):
+        self.socket.sendall(line.encode() + b"\n")
+
+    def receive(self):
+        line = self.input.readline()
+        assert line, "QEMU closed the channel"
+        return line
+
+
 class Machine:
     """Starts QEMU with these arguments; `slot` is the PCI device that the accessors mean."""
 
@@ -36,9 +53,9 @@ class Machine:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=err, stderr=err)
         self.pid = self.process.pid
         try:
-            self.qtest = self._accept(listeners[0]).makefile("rw", newline="\n")
-            self.monitor = self._accept(listeners[1]).makefile("rw", newline="\n")
-            self._monitor_line()
+            self.qtest = Lines(self._accept(listeners[0]))
+            self.monitor = Lines(self._accept(listeners[1]))
+            self.monitor.receive()
             self.qmp("qmp_capabilities")
         except (OSError, ValueError, AssertionError) as e:
             try:
@@ -87,11 +104,6 @@ class Machine:
 
     # -- QMP
 
-    def _monitor_line(self):
-        line = self.monitor.readline()
-        assert line, "the monitor closed"
-        return json.loads(line)
-
     def qmp(self, command, **arguments):
         answer = self.qmp_raw(command, **arguments)
         assert "return" in answer, f"{command}: {answer}"
@@ -101,10 +113,9 @@ class Machine:
         message = {"execute": command}
         if arguments:
             message["arguments"] = {k.replace("_", "-"): v for k, v in arguments.items()}
-        self.monitor.write(json.dumps(message) + "\n")
-        self.monitor.flush()
+        self.monitor.send(json.dumps(message))
         while True:
-            answer = self._monitor_line()
+            answer = json.loads(self.monitor.receive())
             if "event" not in answer:
                 return answer
             self.events.append(answer)
@@ -142,11 +153,9 @@ class Machine:
     # -- qtest
 
     def ask(self, line):
-        self.qtest.write(line + "\n")
-        self.qtest.flush()
+        self.qtest.send(line)
         while True:
-            answer = self.qtest.readline().split()
-            assert answer, "the qtest channel closed"
+            answer = self.qtest.receive().split()
             if answer[0] != "IRQ":
                 assert answer[0] == "OK", f"{line}: {answer}"
                 return int(answer[1], 0) if len(answer) > 1 else None
