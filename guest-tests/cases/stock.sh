@@ -36,3 +36,5 @@ test_case stock-system-reset over_vfio_user reset_case
 test_case --limit 250 stock-qemu-killed over_vfio_user qemu_killed_case
 test_case stock-cntrl over_vfio_user cntrl_case
 test_case --limit 100 stock-pin-6.12 over_vfio_user pin_case
+test_case --alone stock-hugetlb over_vfio_user hugetlb_case
+test_case --limit 260 stock-hotplug-6.12 over_vfio_user hotplug_case 6.12
