@@ -147,6 +147,7 @@ impl Dma {
         end: Instant,
         used: impl Fn(Arc<GuestMap>) -> bool,
     ) -> Result<bool, MapError> {
+        self.leaves(&lost);
         let regions = kept.iter().map(|h| Arc::clone(&h.region)).collect();
         let guards = kept
             .iter()
@@ -171,9 +172,20 @@ impl Dma {
         Ok(Held { region, shown })
     }
 
+    /// What these show is not the guest's any more, though commands that are out keep it in the sight of SSDs.
+    fn leaves(&self, lost: &[Held]) {
+        for held in lost {
+            for window in &self.windows {
+                window.leaves(&held.range());
+            }
+        }
+    }
+
     /// The front-end has gone: hold nothing any more.
     pub(super) fn forget(&self) {
-        self.held().clear();
+        let mut held = self.held();
+        self.leaves(&held);
+        held.clear();
     }
 }
 

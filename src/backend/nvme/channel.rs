@@ -174,7 +174,7 @@ impl NvmeChannel {
     /// Send a transfer that is one command.
     #[inline]
     fn send_whole(&mut self, sqe: Sqe, guest: &GuestData<'_>, user: u64) -> Result<(), Unsent> {
-        if self.sole {
+        if self.sole && !self.shared.window.is_stale() {
             self.lane
                 .submit(sqe.with_prps(guest.prp1, guest.prp2), user)?;
             self.stats.untouched.one();

@@ -1,6 +1,7 @@
 //! Where a guest's memory lies in the address space of an SSD, and for how long.
 
 use std::ops::{Range, RangeInclusive};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -29,9 +30,18 @@ struct Inner {
     size: u64,
     /// No other guest uses the SSD.
     sole: bool,
-    /// Guest addresses the device can reach.
-    live: Mutex<Vec<Range<u64>>>,
+    /// What the device can reach.
+    live: Mutex<Vec<Live>>,
     less: Condvar,
+    /// Some of that is not the guest's any more.
+    stale: AtomicBool,
+}
+
+/// Guest addresses the device can reach.
+struct Live {
+    range: Range<u64>,
+    /// The guest's memory is not there any more; commands that are out still use it.
+    leaving: bool,
 }
 
 /// Memory on its way out of the device's sight.
@@ -48,7 +58,7 @@ pub struct Shown {
 }
 
 impl Inner {
-    fn live(&self) -> MutexGuard<'_, Vec<Range<u64>>> {
+    fn live(&self) -> MutexGuard<'_, Vec<Live>> {
         self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -56,10 +66,16 @@ impl Inner {
         let Gone { mapped, range } = gone;
         drop(mapped);
         let mut live = self.live();
-        if let Some(at) = live.iter().position(|r| *r == range) {
+        if let Some(at) = live.iter().position(|l| l.range == range) {
             live.swap_remove(at);
         }
+        self.tell_stale(&live);
         self.less.notify_all();
+    }
+
+    fn tell_stale(&self, live: &[Live]) {
+        let stale = live.iter().any(|l| l.leaving);
+        self.stale.store(stale, Ordering::Release);
     }
 
     /// Wait until nothing of `range` is live. `false` if that takes too long.
@@ -67,12 +83,12 @@ impl Inner {
         &'a self,
         range: &Range<u64>,
         limit: Duration,
-    ) -> Option<MutexGuard<'a, Vec<Range<u64>>>> {
+    ) -> Option<MutexGuard<'a, Vec<Live>>> {
         let end = Instant::now() + limit;
         let mut live = self.live();
         while live
             .iter()
-            .any(|r| r.start < range.end && range.start < r.end)
+            .any(|l| l.range.start < range.end && range.start < l.range.end)
         {
             let left = end.checked_duration_since(Instant::now())?;
             let waited = self.less.wait_timeout(live, left);
@@ -116,6 +132,7 @@ impl Window {
             sole,
             live: Mutex::default(),
             less: Condvar::new(),
+            stale: AtomicBool::new(false),
         });
         let (back, taken) = crossbeam_channel::unbounded();
         let own = Arc::clone(&inner);
@@ -210,7 +227,10 @@ impl Window {
             return Err(refused(what(), hint));
         };
         let mapped = inner.space.map(address, region, Access::ReadWrite)?;
-        live.push(range.clone());
+        live.push(Live {
+            range: range.clone(),
+            leaving: false,
+        });
         Ok(Shown {
             gone: Some(Gone { mapped, range }),
             inner: Arc::clone(inner),
@@ -221,6 +241,20 @@ impl Window {
     /// Wait, at most `limit`, until the device cannot reach any of these guest addresses. Whether that is so.
     pub fn is_hidden(&self, range: &Range<u64>, limit: Duration) -> bool {
         self.inner.wait_for(range, limit).is_some()
+    }
+
+    /// The guest's memory at these addresses, which was shown, is to be used by nobody who does not use it yet.
+    pub fn leaves(&self, range: &Range<u64>) {
+        let mut live = self.inner.live();
+        for one in live.iter_mut().filter(|l| l.range == *range) {
+            one.leaving = true;
+        }
+        self.inner.tell_stale(&live);
+    }
+
+    /// Whether the device can reach what is not the guest's memory any more. A guest's own PRPs could name that: it must not see them then.
+    pub(super) fn is_stale(&self) -> bool {
+        self.inner.stale.load(Ordering::Acquire)
     }
 
     /// Device address of guest address 0.
