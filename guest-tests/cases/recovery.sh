@@ -54,6 +54,54 @@ _away() {
 		awk '{ms[NR] = $1} END {printf "p50 %d ms, max %d ms of %d\n", ms[int((NR + 1) / 2)], ms[NR], NR}'
 }
 
+# The daemon comes back without its state: the guest's driver has to reset the controller, and does.
+lost_case() {
+	local state
+	state=$(mktemp -d /dev/shm/vhost-user-nvme-test.XXXXXX)
+	on_exit rm -rf -- "$state"
+	daemon_single "$CASE_DIR" --state-dir "$state" --namespace memory,size=96M
+	nvme_device "$NVME_SOCKET"
+	# 30 s is the driver's own patience, after which it looks at CSTS.
+	guest_start vm --append nvme_core.io_timeout=8 --timeout 240 -- "${DEVICE[@]}" -- ./lost.sh "./dmesg-clean.sh 'ommand line:|controller is down; will reset'"
+	guest_ready lost 60
+	kill -KILL "$DAEMON_PID"
+	wait "$DAEMON_PID" 2>/dev/null || true
+	rm -- "$state"/*/state
+	_forget_exit _daemon_end "$DAEMON_PID"
+	_daemon_spawn
+	guest_passes
+	grep -q "the guest's queues cannot be found again" "$DAEMON_LOG" || broken "the daemon does not say what happened"
+	daemon_fine
+}
+
+# late_case boot|plug: the disk is there before the daemon. At boot the firmware is the first that waits for it, at a hot plug the driver.
+late_case() {
+	local when=$1 disk=() before=()
+	NVME_SOCKET=$CASE_DIR/nvme.sock
+	if [[ $when == boot ]]; then
+		nvme_device "$NVME_SOCKET" wait=off
+		disk=("${DEVICE[@]}")
+	else
+		disk=(-device "pcie-root-port,id=rp1,chassis=1,slot=1")
+		before=(./late.sh)
+	fi
+	# Without a daemon the device has the ids of QEMU's own controller, for which Linux has that quirk.
+	guest_start vm --timeout 200 -- "${disk[@]}" -- "${before[@]}" ./fio-verify.sh "./dmesg-clean.sh 'Ignoring bogus Namespace Identifiers'"
+	if [[ $when == boot ]]; then
+		# It runs, which is all there is to see of it.
+		vm_qmp '{"execute":"query-status"}' | grep -q '"running": true' || broken "the machine does not run without the daemon"
+		sleep 3
+	else
+		guest_ready plug 60
+		vm_qmp "{\"execute\":\"device_add\",\"arguments\":{\"driver\":\"vhost-user-nvme\",\"id\":\"disk\",\"bus\":\"rp1\",\"socket\":\"$NVME_SOCKET\",\"wait\":false}}" ||
+			broken "QEMU refuses to plug"
+		guest_ready late 60
+	fi
+	daemon_single "$CASE_DIR" --namespace memory,size=256M
+	guest_passes
+	daemon_fine
+}
+
 # recovery_ssd_case kill|upgrade LEAST SECONDS: as often as it can be in that time
 recovery_ssd_case() {
 	local tree=$CASE_DIR/tree disturbance=$1 least=$2 seconds=$3 name said
@@ -86,6 +134,9 @@ _kills=${RECOVERY_VM_KILLS:-50} _upgrades=${RECOVERY_UPGRADES:-20}
 test_case --limit $((110 + _kills)) recovery-memory recovery_case memory daemon_killed "$_kills"
 test_case --limit $((110 + _kills)) recovery-file recovery_case file daemon_killed "$_kills"
 test_case --limit $((110 + 2 * _upgrades)) recovery-upgrade recovery_case memory daemon_upgraded "$_upgrades" 100
+test_case --limit 260 recovery-lost lost_case
+test_case --limit 230 recovery-late-boot late_case boot
+test_case --limit 230 recovery-late-plug late_case plug
 # alone: L2's clock stands still while this machine is busy with others
 _ssd_kills=${RECOVERY_SSD_KILLS:-10} _ssd_seconds=$((2 * ${RECOVERY_SSD_KILLS:-10} + 5))
 test_case --alone --limit $((200 + _ssd_seconds)) recovery-ssd recovery_ssd_case "${RECOVERY_SSD:-kill}" "$_ssd_kills" "$_ssd_seconds"
