@@ -148,3 +148,27 @@ fn a_guest_whose_state_is_gone_is_told_whenever_the_process_ends() {
         w.start();
     });
 }
+
+#[test]
+fn state_that_cannot_be_removed_keeps_the_controller_from_being_enabled() {
+    let mut w = world();
+    let state = w.begun().with_file_name("state");
+    w.process = None;
+    // Neither removed nor replaced as a file is.
+    std::fs::remove_file(&state).unwrap();
+    std::fs::create_dir(&state).unwrap();
+    w.start();
+    assert!(w.come(true));
+    assert!(w.csts().cfs());
+    w.disable();
+    assert!(!w.csts().cfs());
+    let on = Cc::new().with_en(true).with_iosqes(6).with_iocqes(4);
+    w.write(offset::CC, &on.into_bits().to_le_bytes());
+    w.until("CFS", |w| w.csts().cfs());
+    std::fs::remove_dir(&state).unwrap();
+    w.reset();
+    assert_eq!(w.block(1, 5), 1);
+    w.next(false);
+    assert!(w.connect(true), "and it is kept again");
+    w.check();
+}
