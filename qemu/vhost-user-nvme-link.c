@@ -522,8 +522,9 @@ bool nvme_link_assume(VhostUserNvme *n, Error **errp)
         .cap = (n->queue_entries - 1) | 1u << 16 | 120u << 24 | (uint64_t)n->doorbell_stride << 32 | 1ull << 37,
         .n_vrings = n->queues,
         .window_size = ROUND_UP(window, 4 * KiB),
-        .vendor = 0x1b36,
-        .device = 0x0010,
+        /* What the daemon says if it is not told otherwise. */
+        .vendor = 0x1af4,
+        .device = 0x10f0,
         .subsystem_vendor = 0x1af4,
         .subsystem = 0x1100,
     };

@@ -456,7 +456,7 @@ LATE = ",wait=off,queues=4,doorbell-stride=0,queue-entries=1024"
 def the_machine_starts_before_the_daemon(w):
     m = w.machine(options=LATE)
     m.enable_bars()
-    same(m.config_read(4, 0), 0x00101B36)
+    same(m.config_read(4, 0), 0x10F01AF4, "the ids that the daemon has if it is not told otherwise")
     same(m.config_read(2, m.capability(0x11) + 2) & 0x7FF, 3, "MSI-X table size - 1")
     cap = m.read(8, BAR0)
     same((cap & 0xFFFF, cap >> 24 & 0xFF, cap >> 32 & 0xF, cap >> 37 & 0xFF), (1023, 120, 0, 1), "MQES, TO, DSTRD, CSS")
@@ -479,6 +479,23 @@ def the_machine_starts_before_the_daemon(w):
     b2 = again(w, b)
     serves(b2)
     same(b2.goes(), [3])
+
+
+@test
+def what_time_alone_does_not_mend_is_said_once(w):
+    b, m = w.pair()
+    killed(b, m)
+    os.unlink(w.socket)
+    os.symlink(w.socket, w.socket)      # a path that leads nowhere
+    end = time.monotonic() + 30
+    while "Too many levels" not in m.stderr():
+        assert time.monotonic() < end, m.stderr()
+        time.sleep(0.01)
+    time.sleep(0.5)                     # several attempts
+    same(m.stderr().count("is tried again"), 1, "warnings")
+    os.unlink(w.socket)
+    serves(again(w, b))
+    is_back(m)
 
 
 @test
