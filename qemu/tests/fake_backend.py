@@ -64,7 +64,7 @@ class Backend:
             assert hasattr(self, name), name
             setattr(self, name, value)
         self.lock = threading.Condition()
-        self.asking = threading.Lock()  # one request on the back channel at a time, with its answer
+        self.asking = None          # a lock of each back channel: one request at a time, with its answer
         self.log = []               # (name, body) as they came
         self.history = []           # lines for people, of all connections
         self.broke = None           # what went wrong in here
@@ -183,15 +183,14 @@ class Backend:
         return status == 0
 
     def die(self):
-        """What a killed daemon does: everything closed at once, the window's file with it."""
-        # The next connection may be there before this one is closed.
+        """What a killed daemon does: everything closed at once."""
+        # Not by close(): other threads wait for these sockets, and the number would be another one's while they do.
         with self.lock:
             ends = self.main, self.back
-            self.back = None
+            self.back = None    # the next connection may be there before this one has ended
         for s in ends:
             if s:
                 shut(s)
-                s.close()
 
     def kill(self):
         """Dies, and listens no more: nobody comes in between."""
@@ -315,9 +314,9 @@ class Backend:
             offset, size, _ = struct.unpack_from("<III", body)
             self.registers[offset:offset + size] = body[12:12 + size]
         if name == "SET_BACKEND_REQ_FD":
-            self.back = socket.socket(fileno=fds.pop())
+            self.back, self.asking = socket.socket(fileno=fds.pop()), threading.Lock()
             if not self.no_window:
-                threading.Thread(target=self._map_window, args=(self.back,), daemon=True).start()
+                threading.Thread(target=self._map_window, args=(self.asking, self.back), daemon=True).start()
         if name in ("SET_VRING_CALL", "SET_VRING_KICK"):
             held, index = self.calls if name == "SET_VRING_CALL" else self.kicks, struct.unpack("<Q", body)[0] & 0xFF
             if index in held:
@@ -344,8 +343,8 @@ class Backend:
         assert not fds, f"{name} with a descriptor too many"
         return None
 
-    def _map_window(self, back):
-        with self.asking:
+    def _map_window(self, asking, back):
+        with asking:
             try:
                 self._shmem(back, SHMEM_MAP, 0)
             except (Closed, OSError):
