@@ -188,7 +188,9 @@ bench_daemon() {
 		namespace=${spec%%=*}
 		sockets+=("$at/${spec#*=}.sock")
 		{
-			printf '[[controller]]\ntransport = "%s"\nsocket-path = "%s"\n' "$transport" "${sockets[-1]}"
+			printf '[[controller]]\nsocket-path = "%s"\n' "${sockets[-1]}"
+			# A daemon of before vfio-user does not know the key.
+			[[ $transport == vhost-user ]] || printf 'transport = "%s"\n' "$transport"
 			printf '[[controller.namespace]]\nbackend = "%s"\nblock-size = 512\n' "$namespace"
 			case $namespace in
 			null) printf 'size = "1T"\n' ;;
