@@ -59,6 +59,11 @@ enum Command {
     Table(table::Plan),
     /// Print the names of the table's rows
     Rows,
+    /// Print a plot (SVG) of the times in a report's rows (for scripts/bench guest)
+    Plot {
+        /// The rows: a JSON array
+        file: PathBuf,
+    },
 }
 
 /// Whom to load, and from where.
@@ -232,21 +237,29 @@ fn hold(hold: &Hold) -> Result<serde_json::Value, Failure> {
     Ok(json!({ "guests": guests.len(), "seconds": hold.seconds }))
 }
 
+fn plot(file: &std::path::Path) -> Result<String, Failure> {
+    let of = |e: &dyn std::error::Error| Failure::of(&file.display().to_string(), e);
+    let text = std::fs::read_to_string(file).map_err(|e| of(&e))?;
+    let rows: Vec<serde_json::Value> = serde_json::from_str(&text).map_err(|e| of(&e))?;
+    Ok(plot::latency_of_rows(&rows))
+}
+
 fn main() -> ExitCode {
     let result = match Arguments::parse().command {
-        Command::Load(l) => load(&l),
-        Command::Wake(w) => wake(&w),
-        Command::Hold(h) => hold(&h),
-        Command::Table(plan) => table::run(&plan),
+        Command::Load(l) => load(&l).map(|v| v.to_string()),
+        Command::Wake(w) => wake(&w).map(|v| v.to_string()),
+        Command::Hold(h) => hold(&h).map(|v| v.to_string()),
+        Command::Table(plan) => table::run(&plan).map(|v| v.to_string()),
         Command::Rows => {
             for row in table::rows() {
                 println!("{}", row.name());
             }
             return ExitCode::SUCCESS;
         }
+        Command::Plot { file } => plot(&file),
     };
     match result {
-        Ok(value) => match writeln!(std::io::stdout(), "{value}") {
+        Ok(text) => match writeln!(std::io::stdout(), "{}", text.trim_end()) {
             Ok(()) => ExitCode::SUCCESS,
             Err(_) => ExitCode::FAILURE,
         },

@@ -2,6 +2,8 @@
 
 use std::fmt::Write as _;
 
+use serde_json::Value;
+
 use crate::table::{Measured, Subject};
 
 const WIDTH: f64 = 900.0;
@@ -10,8 +12,9 @@ const LEFT: f64 = 80.0;
 const RIGHT: f64 = 300.0;
 const TOP: f64 = 40.0;
 const BOTTOM: f64 = 60.0;
-const COLOURS: [&str; 8] = [
+const COLOURS: [&str; 13] = [
     "#1b6ca8", "#c8553d", "#3a7d44", "#7d5ba6", "#b8860b", "#2a9d8f", "#8d5524", "#555555",
+    "#e377c2", "#17becf", "#9acd32", "#000080", "#ff7f0e",
 ];
 
 struct Series {
@@ -164,8 +167,6 @@ fn name(subject: &Subject, all: usize, rest: &str) -> String {
 /// Times over percentiles, of every row of the least depth there is.
 pub fn latency(results: &[(Subject, Vec<Measured>)]) -> String {
     const QUANTILES: [f64; 8] = [0.5, 0.9, 0.95, 0.99, 0.995, 0.999, 0.9999, 0.99999];
-    // Each nine takes as much room as the one before.
-    let place = |q: f64| -(1.0 - q).log10();
     let depth = results
         .iter()
         .flat_map(|(_, r)| r)
@@ -188,20 +189,54 @@ pub fn latency(results: &[(Subject, Vec<Measured>)]) -> String {
             });
         }
     }
+    times(&format!("Time of a command at depth {depth}"), 6, series)
+}
+
+/// The same of the rows of a report, which have three percentiles: of reads at the least depth there is.
+pub fn latency_of_rows(rows: &[Value]) -> String {
+    let depth_of = |row: &Value| row["depth"].as_u64();
+    let depth = rows.iter().filter_map(depth_of).min().unwrap_or(1);
+    let series = rows
+        .iter()
+        .filter(|r| depth_of(r) == Some(depth) && r["operation"] == "randread")
+        .map(|row| {
+            let text = |key: &str| row[key].as_str().unwrap_or_default();
+            let at = [(0.5, "p50_ns"), (0.99, "p99_ns"), (0.999, "p999_ns")];
+            Series {
+                name: format!("{}, {}", text("transport"), text("namespace")),
+                points: at
+                    .map(|(q, key)| (place(q), row[key].as_f64().unwrap_or(0.0) / 1000.0))
+                    .to_vec(),
+            }
+        });
+    times(
+        &format!("Time of a read at depth {depth}"),
+        4,
+        series.collect(),
+    )
+}
+
+/// Where a quantile is: each nine takes as much room as the one before.
+fn place(q: f64) -> f64 {
+    -(1.0 - q).log10()
+}
+
+/// Microseconds over percentiles, of which the axis has so many.
+fn times(title: &str, percentiles: usize, series: Vec<Series>) -> String {
+    let ticks = [
+        (0.5, "50"),
+        (0.9, "90"),
+        (0.99, "99"),
+        (0.999, "99.9"),
+        (0.9999, "99.99"),
+        (0.99999, "99.999"),
+    ];
+    let ticks = ticks.map(|(q, t)| (place(q), t.to_string()));
     let chart = Chart {
-        title: &format!("Time of a command at depth {depth}"),
+        title,
         x_label: "percentile",
         y_label: "microseconds",
-        x_ticks: [
-            (0.5, "50"),
-            (0.9, "90"),
-            (0.99, "99"),
-            (0.999, "99.9"),
-            (0.9999, "99.99"),
-            (0.99999, "99.999"),
-        ]
-        .map(|(q, t)| (place(q), t.to_string()))
-        .to_vec(),
+        x_ticks: ticks.into_iter().take(percentiles).collect(),
         y_text: |y| format!("{y}"),
         series,
     };
@@ -278,5 +313,25 @@ mod tests {
             ..chart
         };
         assert!(!empty.svg().contains("NaN"));
+    }
+
+    #[test]
+    fn rows_of_a_report_are_drawn_at_their_least_depth() {
+        let row = |namespace: &str, operation: &str, depth: u32| {
+            serde_json::json!({
+                "transport": "virtio-blk", "namespace": namespace, "operation": operation, "depth": depth,
+                "p50_ns": 1000, "p99_ns": 2000, "p999_ns": 50_000,
+            })
+        };
+        let rows = [
+            row("null", "randread", 1),
+            row("deep", "randread", 32),
+            row("written", "randwrite", 1),
+        ];
+        let svg = latency_of_rows(&rows);
+        assert!(svg.contains("virtio-blk, null") && svg.contains("at depth 1<"));
+        assert!(!svg.contains("deep") && !svg.contains("written") && !svg.contains("NaN"));
+        assert_eq!(svg.matches("<circle").count(), 3);
+        assert!(!latency_of_rows(&[]).contains("NaN"));
     }
 }

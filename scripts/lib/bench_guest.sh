@@ -14,7 +14,7 @@ bench_guest_usage() {
 		  QEMU's virtio-blk with an iothread: null-co, and the same file
 		  vhost-user-blk, served by qemu-storage-daemon: null-co, and the same file with aio=native and io_uring
 
-		  --out DIR     where report.md, report.json and fio's own JSON go (default: target/bench/<time>)
+		  --out DIR     where report.md, report.json, latency.svg and fio's own JSON go (default: target/bench/<time>)
 		  --seconds S   length of each run (default: $seconds)
 		  --rounds N    rounds (default: $rounds); medians are of the rounds, spread is (max - min) / median
 		  --kernel K    6.1, 6.12 or 7.x (default: $kernel)
@@ -55,6 +55,10 @@ out=$(cd -- "$out" && pwd)
 dir='' shm=''
 temp_dir dir
 build_daemon
+step "what draws the plot (release build)"
+logged "$out/build.log" cargo build --release --locked -p bench || fail "it does not build: see $out/build.log"
+rm -f -- "$out/build.log"
+ok
 step "QEMU with the vhost-user-nvme device"
 qemu=$(scripts/build-qemu) || fail "there is no QEMU to run the guest in"
 ok "$qemu"
@@ -169,20 +173,20 @@ awk -F '\t' -v accel="$accel" -v commit="$commit" -v cpu="$cpu" -v cores="$(npro
 	END { print "\n ]\n}" }' "$out/summary.tsv" >"$out/report.json"
 
 # LABEL is TRANSPORT-NAMESPACE, CASE is OPERATION-DEPTH
-if [[ -n $json ]]; then
-	awk -F '\t' '
-		BEGIN { printf "[" }
-		{
-			transport = $1; namespace = $1
-			sub(/-(null|memory|file).*/, "", transport)
-			namespace = substr($1, length(transport) + 2)
-			split($2, kase, "-")
-			if (transport == "ours") transport = "vhost-user-nvme"
-			printf "%s\n {\"transport\": \"%s\", \"namespace\": \"%s\", \"operation\": \"%s\", \"block_size\": 4096, \"depth\": %d,", (NR > 1 ? "," : ""), transport, namespace, kase[1], kase[2]
-			printf " \"iops\": %d, \"avg_ns\": %d, \"p50_ns\": %d, \"p99_ns\": %d, \"p999_ns\": %d}", $3, $8, $9, $10, $11
-		}
-		END { print "\n]" }' "$out/summary.tsv" >"$json"
-fi
+awk -F '\t' '
+	BEGIN { printf "[" }
+	{
+		transport = $1; namespace = $1
+		sub(/-(null|memory|file).*/, "", transport)
+		namespace = substr($1, length(transport) + 2)
+		split($2, kase, "-")
+		if (transport == "ours") transport = "vhost-user-nvme"
+		printf "%s\n {\"transport\": \"%s\", \"namespace\": \"%s\", \"operation\": \"%s\", \"block_size\": 4096, \"depth\": %d,", (NR > 1 ? "," : ""), transport, namespace, kase[1], kase[2]
+		printf " \"iops\": %d, \"avg_ns\": %d, \"p50_ns\": %d, \"p99_ns\": %d, \"p999_ns\": %d}", $3, $8, $9, $10, $11
+	}
+	END { print "\n]" }' "$out/summary.tsv" >"$dir/rows.json"
+"$(cargo_target)/release/polled-guest" plot "$dir/rows.json" >"$out/latency.svg" || fail "there is no plot"
+[[ -z $json ]] || cp -- "$dir/rows.json" "$json"
 
 {
 	cat <<-HEAD
@@ -195,7 +199,7 @@ fi
 
 	HEAD
 	awk -F '\t' -v order="${labels[*]}" '
-		{ iops[$1, $2] = $3; spread[$1, $2] = $3 ? ($7 - $6) * 100 / $3 : 0; p50[$1, $2] = $4; p99[$1, $2] = $5 }
+		{ iops[$1, $2] = $3; spread[$1, $2] = $3 ? ($7 - $6) * 100 / $3 : 0; p50[$1, $2] = $4; p99[$1, $2] = $5; p999[$1, $2] = $11 / 1000 }
 		function row(name, text, i) {
 			text = "| " name
 			for (i = 1; i <= 4; i++) text = text sprintf(" | %d (%.0f %%)", iops[name, kase[i]], spread[name, kase[i]])
@@ -203,7 +207,7 @@ fi
 		}
 		function late(name, text, i) {
 			text = "| " name
-			for (i = 1; i <= 4; i++) text = text sprintf(" | %d / %d", p50[name, kase[i]], p99[name, kase[i]])
+			for (i = 1; i <= 4; i++) text = text sprintf(" | %d / %d / %d", p50[name, kase[i]], p99[name, kase[i]], p999[name, kase[i]])
 			print text " |"
 		}
 		function best(regex, k, i, b) {
@@ -234,10 +238,10 @@ fi
 			ratio("file / QEMU nvme on the file", "ours-file", "^qemu-nvme-file")
 			ratio("file / virtio-blk on the file", "ours-file", "^virtio-blk-file$")
 			ratio("file / vhost-user-blk on the file", "ours-file", "^vhost-user-blk-file")
-			print "\nCompletion latency in microseconds, median of the rounds: p50 / p99.\n"
+			print "\nCompletion latency in microseconds, median of the rounds: p50 / p99 / p99.9.\n"
 			print "| device" head
 			for (i = 1; i <= n; i++) late(names[i])
 		}' "$out/summary.tsv"
 } >"$out/report.md"
 cat -- "$out/report.md"
-info "report.md, report.json and fio's JSON are in $out"
+info "report.md, report.json, latency.svg and fio's JSON are in $out"

@@ -179,9 +179,9 @@ fn a_controller_that_forwards_conforms() {
         conformance::run(&through, few);
     }
     let f = forwarded(&backend);
-    assert_eq!(f.rebuilt, 0);
-    // This controller takes more at a time than the SSD.
-    assert!(f.untouched > 1000 && f.split > 0, "{f:?}");
+    // Built anew while memory leaves, and only then. This controller takes more at a time than the SSD.
+    assert!(f.untouched > 0 && f.split > 0, "{f:?}");
+    assert!(f.untouched + f.rebuilt > 1000, "{f:?}");
     assert_eq!(
         model.fake_space().refused(),
         0,
