@@ -245,7 +245,21 @@ fn tell(ssd: &str, event: &SsdEvent, on: &[(u32, u32, Weak<Controller>)]) {
                 .filter_map(|(.., controller)| controller.upgrade());
             all.for_each(|controller| controller.health_changed(*warning));
         }
-        SsdEvent::Error(info) => tracing::warn!(ssd, info, "the SSD reports an error"),
+        SsdEvent::Error { info, entries } => {
+            tracing::warn!(ssd, info, "the SSD reports an error");
+            for entry in entries {
+                tracing::warn!(
+                    ssd,
+                    number = entry.error_count,
+                    status = %entry.status.status(),
+                    nsid = entry.nsid,
+                    lba = entry.lba,
+                    queue = entry.sqid,
+                    opcode = entry.opcode,
+                    "an error of the SSD's log"
+                );
+            }
+        }
         SsdEvent::Resetting => tracing::warn!(ssd, "the SSD is reset"),
         SsdEvent::Ready => tracing::info!(ssd, "the SSD serves again"),
         SsdEvent::Gone => tracing::error!(ssd, "the SSD is gone: all I/O to it fails"),

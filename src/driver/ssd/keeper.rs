@@ -139,6 +139,8 @@ pub(super) struct Keeper {
     pub(super) next_health: Instant,
     /// Events of this tick: a device that reports without end is listened to now and then.
     pub(super) events_heard: u32,
+    /// The highest error count of the error log that was told of.
+    pub(super) errors_told: u64,
 }
 
 impl Keeper {
@@ -210,6 +212,7 @@ impl Keeper {
             next_tick: Instant::now() + tick,
             next_health: Instant::now(),
             events_heard: 0,
+            errors_told: 0,
         };
         Ok((keeper, facts))
     }
@@ -287,7 +290,7 @@ impl Keeper {
                 }
                 Ask::ErrorLog(answer) => {
                     let entries = usize::from(self.facts.identify.elpe_z) + 1;
-                    let log = self.with_driver(|d| read_error_log(d, entries));
+                    let log = self.with_driver(|d| read_error_log(d, entries, true));
                     let _ = answer.send(log);
                 }
                 Ask::Flush(wish) => self.flush(wish),
@@ -426,16 +429,18 @@ fn read_limits(driver: &mut Driver<Handle>) -> Result<NvmControllerIdentify, Dri
     }
 }
 
-fn read_error_log(
+/// The error log; `retain`: events about it stay masked.
+pub(super) fn read_error_log(
     driver: &mut Driver<Handle>,
     entries: usize,
+    retain: bool,
 ) -> Result<Vec<ErrorLogEntry>, DriverError> {
     let size = size_of::<ErrorLogEntry>();
     let bytes = driver.log_page(
         LogId::ERROR,
         nvme_spec::command::NSID_BROADCAST,
         entries.min(ERRORS) * size,
-        true,
+        retain,
     )?;
     Ok(bytes
         .chunks_exact(size)

@@ -129,8 +129,13 @@ pub enum SsdEvent {
     NamespacesChanged(Vec<u32>),
     /// Its health changed.
     Health(CriticalWarning),
-    /// It reports an error of its own (the first byte is the event's information).
-    Error(u8),
+    /// It reports an error of its own.
+    Error {
+        /// The event's information.
+        info: u8,
+        /// The newest entries of its error log that were not told of before, newest first: at most four.
+        entries: Vec<ErrorLogEntry>,
+    },
     /// It is being reset.
     Resetting,
     /// It serves again.

@@ -191,7 +191,12 @@ impl Keeper {
                 }
             }
         }
-        tracing::info!(ssd = self.shared.name, "the controller serves again");
+        let so_far = self.shared.counters();
+        tracing::info!(
+            ssd = self.shared.name,
+            ?so_far,
+            "the controller serves again"
+        );
         self.shared.publish(&SsdEvent::Ready);
     }
 
@@ -314,6 +319,8 @@ impl Keeper {
             self.isolate(AT_THE_END);
             self.fail_all();
         }
+        let in_all = self.shared.counters();
+        tracing::info!(ssd = self.shared.name, ?in_all, "the SSD is let go of");
         self.shared.ended.store(true, Ordering::Release);
         for lane in &self.lanes {
             lane.link.mail().dropped = None;

@@ -7,11 +7,11 @@ use nvme_spec::admin::Abort;
 use nvme_spec::command::NSID_BROADCAST;
 use nvme_spec::event::{AsyncEvent, AsyncEventConfig, EventType};
 use nvme_spec::feature::FeatureId;
-use nvme_spec::log::{ChangedNamespaceList, LogId, SmartLog};
+use nvme_spec::log::{ChangedNamespaceList, ErrorLogEntry, LogId, SmartLog};
 
 use zerocopy::FromBytes as _;
 
-use super::keeper::{Handle, Keeper, Trouble};
+use super::keeper::{Handle, Keeper, Trouble, read_error_log};
 use super::link::{Order, count, lock};
 use super::{SsdEvent, SsdState};
 use crate::driver::{Driver, DriverError};
@@ -21,6 +21,9 @@ const EVENTS_PER_TICK: u32 = 8;
 
 /// Asynchronous Event Requests to have out.
 const EVENTS: u32 = 4;
+
+/// Entries of the error log that are told of at a time.
+const ERRORS_TOLD: usize = 4;
 
 /// How often the health is read.
 const HEALTH: Duration = Duration::from_secs(60);
@@ -211,6 +214,19 @@ impl Keeper {
         }
     }
 
+    /// The newest entries of the error log that nobody was told of. Reading it lets the next event of its kind come.
+    fn new_errors(&mut self) -> Vec<ErrorLogEntry> {
+        let entries = usize::from(self.facts.identify.elpe_z) + 1;
+        let log = self.with_driver(|d| read_error_log(d, entries, false));
+        let mut log = log.unwrap_or_default();
+        let told = self.errors_told;
+        log.retain(|entry| entry.error_count > told);
+        log.truncate(ERRORS_TOLD);
+        let newest = log.iter().map(|entry| entry.error_count).max();
+        self.errors_told = newest.unwrap_or(told);
+        log
+    }
+
     /// An event: reading the log page it names lets the next of its kind come.
     fn heard(&mut self, event: AsyncEvent) {
         // One line a tick, however many there are.
@@ -230,11 +246,15 @@ impl Keeper {
                 .read_health(false)
                 .ok()
                 .map(|log| SsdEvent::Health(log.critical_warning)),
+            (EventType::ERROR, _) => Some(SsdEvent::Error {
+                info: event.info,
+                entries: self.new_errors(),
+            }),
             (kind, page) => {
                 if !matches!(kind, EventType::IMMEDIATE | EventType::ONE_SHOT) {
                     let _ = self.with_driver(|d| d.log_page(page, NSID_BROADCAST, 512, false));
                 }
-                (kind == EventType::ERROR).then_some(SsdEvent::Error(event.info))
+                None
             }
         };
         if let Some(news) = news {
