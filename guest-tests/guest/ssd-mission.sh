@@ -18,6 +18,7 @@ expect_errors end status
 vwc=$(nvme id-ctrl "$DISK" -o json | jq -r .vwc)
 echo "the SSD says: $bad_read reading a bad block, $bad_write writing one; VWC $vwc"
 [[ $bad_read == 0x*281 ]] || fail bad-block "the SSD reads it with $bad_read"
+[[ $bad_write == 0x*280 ]] || fail bad-block "the SSD writes it with $bad_write"
 ssd_take "$SSD"
 
 cat >/tmp/mission.toml <<TOML
