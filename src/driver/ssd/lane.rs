@@ -485,15 +485,20 @@ impl Lane {
             }
             let again = self.shared.options.on_reset == OnReset::Resubmit;
             let strikes = self.strike(index);
-            if self.is_once(index) {
+            if self.is_once(index) || !again {
                 self.fail(index, Status::COMMAND_INTERRUPTED, false);
-            } else if again && strikes < STRIKES {
+            } else if strikes < STRIKES {
                 self.send_again(index);
                 self.ring();
             } else {
-                self.fail(index, Status::COMMAND_INTERRUPTED, again);
+                self.fail_for_good(index);
             }
         }
+    }
+
+    /// It had its chances. Command Interrupted always invites another try (Base Specification, status 21h).
+    fn fail_for_good(&mut self, index: u16) {
+        self.fail(index, Status::INTERNAL_ERROR, true);
     }
 
     fn is_cancelled(&self, index: u16) -> bool {

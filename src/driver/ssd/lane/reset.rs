@@ -83,7 +83,7 @@ impl Lane {
             } else if was_out && !again {
                 self.fail(index, Status::COMMAND_INTERRUPTED, false);
             } else if was_out && overdue && self.strike(index) >= STRIKES {
-                self.fail(index, Status::COMMAND_INTERRUPTED, true);
+                self.fail_for_good(index);
             } else {
                 self.send_again(index);
             }

@@ -243,10 +243,10 @@ impl Stream {
     fn check(&mut self, map: &GuestMap, out: &Out, c: &Completion) {
         let known = self.content(&out.blocks);
         if c.status() != out.want {
-            let interrupted = c.status() == Status::COMMAND_INTERRUPTED && c.cqe.status.dnr();
+            let gave_up = c.status() == Status::INTERNAL_ERROR && c.cqe.status.dnr();
             let unknown = out.opcode == NvmOpcode::COMPARE && known.is_none();
             assert!(
-                unknown || interrupted && self.trust == Trust::Ill,
+                unknown || gave_up && self.trust == Trust::Ill,
                 "{:?} of {:?}: {:?}, not {:?}",
                 out.opcode,
                 out.blocks,
