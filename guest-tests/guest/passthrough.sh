@@ -53,9 +53,9 @@ refused() {
 
 refused metadata 'bytes of metadata' "${SSD[3]}"
 refused no-generic-device 'is no NVMe generic device' /dev/nvme0
-check conformance "VHOST_USER_NVME_TEST_SSDS=${SSD[1]}:${SSD[2]}" backend-tests backend::tests::passed_through_ssds_conform
+check conformance "VHOST_USER_NVME_TEST_SSDS=${SSD[1]}:${SSD[2]}" backend-tests backend::tests::devices::passed_through_ssds_conform
 if [[ $(<"/sys/block/${DISK[1]#/dev/}/queue/io_poll") == 1 ]]; then
-	check iopoll "VHOST_USER_NVME_TEST_IOPOLL=${DISK[1]}" backend-tests backend::tests::polled_devices_conform
+	check iopoll "VHOST_USER_NVME_TEST_IOPOLL=${DISK[1]}" backend-tests backend::tests::devices::polled_devices_conform
 else
 	fail iopoll "nvme.poll_queues gave the disk no queues to be polled"
 fi
