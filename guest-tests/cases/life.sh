@@ -72,7 +72,7 @@ qemu_killed_case() {
 		kill -KILL "$VM_PID"
 		vm_stop
 	done
-	guest_run after --timeout 140 -- "${DEVICE[@]}" -- ./fio-verify.sh ./dmesg-clean.sh
+	guest_run after --timeout 140 -- "${DEVICE[@]}" -- 'VERIFY_MIB=2 ./fio-verify.sh' ./dmesg-clean.sh
 	[[ $DAEMON_PID == "$pid" ]] || broken "the daemon is another"
 	daemon_fine
 }

@@ -23,8 +23,8 @@ pin_case() {
 }
 
 for _kernel in "${GUEST_SERIES[@]}"; do
-	case $_kernel in 6.12) _kind=mmio ;; *) _kind=shadow ;; esac
-	test_case --limit 250 "stock-verify-$_kernel-$_kind" over_vfio_user matrix_case "$_kernel" 2 "$_kind" 512 "$_note_oacs" ./fio-verify.sh
+	case $_kernel in 6.12) _kind=mmio _mib=6 ;; *) _kind=shadow _mib=2 ;; esac
+	test_case --limit 250 "stock-verify-$_kernel-$_kind" over_vfio_user matrix_case "$_kernel" 2 "$_kind" 512 "$_note_oacs" "VERIFY_MIB=$_mib ./fio-verify.sh"
 done
 test_case --limit 250 stock-sgl-6.12 over_vfio_user sgl_case 6.12
 test_case --limit 250 stock-storage-6.12 over_vfio_user matrix_case 6.12 2 shadow 4096 "$_note_oacs" ./filesystem.sh ./discard.sh

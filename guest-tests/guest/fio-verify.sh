@@ -1,13 +1,14 @@
 #!/bin/bash
 # Verified I/O: every block size from the LBA size to 1 MiB at depths 1 to 64, two jobs at once, crc32c over every block;
-# then mixed sizes, reads among writes, over libaio and io_uring.
+# then mixed sizes, reads among writes, over libaio and io_uring. VERIFY_MIB=2: fewer bytes of each size and depth, where it is done for
+# the way they go and not for them.
 # shellcheck source=guest-tests/guest/lib.sh
 . "$(dirname -- "$0")/lib.sh"
 subject "$@"
 
 # fio is started once per depth (starting it is what costs under emulation); the block sizes are phases of one run. Each job has
 # its own 64 MiB.
-span=$((64 << 20))
+span=$((64 << 20)) most=$((${VERIFY_MIB:-6} << 20))
 ((SIZE >= 2 * span)) || {
 	fail size "$NS_DEV has $SIZE bytes, 128 MiB are needed"
 	finish
@@ -34,7 +35,7 @@ job_file() {
 		# enough requests to fill the depth, few enough bytes to be quick under emulation
 		count=$((depth > 32 ? 192 : 96))
 		size=$((bs * count))
-		((size <= 6 << 20)) || size=$((6 << 20))
+		((size <= most)) || size=$most
 		((depth < 64 || size >= bs * 32)) || size=$((bs * 32))
 		printf '[bs%d-qd%d]\nstonewall\nbs=%d\nsize=%d\n' "$bs" "$depth" "$bs" "$size"
 	done
