@@ -34,6 +34,61 @@ pub(super) fn post_field(sq: &Sq, cq: &mut Cq, cid: u16, head: u16, field: Statu
     cq.post(cqe, field);
 }
 
+/// Commands that were done at once and are posted together.
+///
+/// A guest that looks at the line of its next completion all the time has to give it up for each store to it, and until it has, later stores
+/// wait, among them the copies of the commands after this one. A line has four completions: together they pay once.
+pub(super) struct Together {
+    ended: [(u16, u16, Status); Self::MOST],
+    count: usize,
+    /// Bytes that were moved since the first of them.
+    bytes: u32,
+    most: usize,
+}
+
+impl Together {
+    /// Completions of a line.
+    const MOST: usize = 4;
+    /// Fewer commands than this are fewer than the guest has out, or all: it may have nothing to do until it sees the first.
+    const DEEP: u32 = 8;
+    /// Nobody waits for more than this to be moved for others.
+    const BYTES: u32 = 16 << 10;
+
+    /// For a batch of so many commands.
+    #[inline]
+    pub fn of(batch: u32) -> Self {
+        Self {
+            ended: [(0, 0, Status::SUCCESS); Self::MOST],
+            count: 0,
+            bytes: 0,
+            most: if batch < Self::DEEP { 1 } else { Self::MOST },
+        }
+    }
+
+    /// This command of `sq`, of so many bytes, was done. `head`: how far the queue was known to be fetched.
+    #[inline]
+    pub fn add(&mut self, sq: &Sq, cq: &mut Cq, ended: (u16, u16, Status), bytes: u32) {
+        if let Some(place) = self.ended.get_mut(self.count) {
+            *place = ended;
+            self.count += 1;
+        }
+        self.bytes = self.bytes.saturating_add(bytes);
+        if self.count >= self.most || self.bytes >= Self::BYTES {
+            self.post(sq, cq);
+        }
+    }
+
+    /// Post what was not posted yet.
+    #[inline]
+    pub fn post(&mut self, sq: &Sq, cq: &mut Cq) {
+        for (cid, head, status) in self.ended.iter().take(self.count) {
+            post(sq, cq, *cid, *head, *status);
+        }
+        self.count = 0;
+        self.bytes = 0;
+    }
+}
+
 /// What goes into the error log, if anything does.
 pub(super) fn failure(
     sqid: u16,

@@ -2,7 +2,7 @@
 
 use nvme_spec::{Sqe, Status, StatusField};
 
-use super::done::{self, Tally};
+use super::done::{self, Tally, Together};
 use super::journal::Copied;
 use super::message::PollerEvent;
 use super::served::Served;
@@ -258,6 +258,7 @@ impl Served {
         let cqid = sq.cqid;
         let start = sq.stats.service.start();
         let mut tally = Tally::new(&self.at.stats);
+        let mut together = Together::of(granted);
         let (mut done, mut out) = (0, 0);
         // Two commands are in hand: while one is done, the data of the next is on its way.
         let [now, next] = &mut [Prepared::default(), Prepared::default()];
@@ -286,7 +287,8 @@ impl Served {
                             .sink
                             .event(self.poller, PollerEvent::Failed(failure));
                     }
-                    done::post(sq, cq, now.sqe.cid, now.head, refusal.status);
+                    let ended = (now.sqe.cid, now.head, refusal.status);
+                    together.add(sq, cq, ended, now.bytes);
                     sq.stats.service.done(start);
                     done += 1;
                     bytes = bytes.saturating_sub(now.bytes);
@@ -319,6 +321,7 @@ impl Served {
             }
             std::mem::swap(&mut now, &mut next);
         }
+        together.post(sq, cq);
         tally.settle();
         sq.outstanding += out;
         sq.stats.batches.add(1);
