@@ -138,5 +138,5 @@ test_case --limit 260 recovery-lost lost_case
 test_case --limit 230 recovery-late-boot late_case boot
 test_case --limit 230 recovery-late-plug late_case plug
 # alone: L2's clock stands still while this machine is busy with others
-_ssd_kills=${RECOVERY_SSD_KILLS:-10} _ssd_seconds=$((2 * ${RECOVERY_SSD_KILLS:-10} + 5))
+_ssd_kills=${RECOVERY_SSD_KILLS:-50} _ssd_seconds=$((2 * ${RECOVERY_SSD_KILLS:-50} + 5))
 test_case --alone --limit $((200 + _ssd_seconds)) recovery-ssd recovery_ssd_case "${RECOVERY_SSD:-kill}" "$_ssd_kills" "$_ssd_seconds"
