@@ -176,29 +176,22 @@ mod tests {
         f(&unsafe { Buffers::new(&segs) })
     }
 
+    fn write_from(map: &MappedFile, bytes: &mut [u8], offset: u64) -> bool {
+        with(bytes, |b| map.write_from(b, offset, &mut Copier::default()))
+    }
+
+    fn read_into(map: &MappedFile, bytes: &mut [u8], offset: u64) -> bool {
+        with(bytes, |b| map.read_into(b, offset, &mut Copier::default()))
+    }
+
     #[test]
     fn the_mapping_and_the_file_are_one() {
         let file = file(20_000);
         let map = MappedFile::new(&file, 20_000, true).unwrap();
         let mut data: Vec<u8> = (0..9000u32).map(|i| i as u8).collect();
-        assert!(with(&mut data, |b| map.write_from(
-            b,
-            11_000,
-            &mut Copier::default()
-        )));
-        assert!(
-            !with(&mut data, |b| map.write_from(
-                b,
-                11_001,
-                &mut Copier::default()
-            )),
-            "beyond the end"
-        );
-        assert!(!with(&mut data, |b| map.read_into(
-            b,
-            u64::MAX,
-            &mut Copier::default()
-        )));
+        assert!(write_from(&map, &mut data, 11_000));
+        assert!(!write_from(&map, &mut data, 11_001), "beyond the end");
+        assert!(!read_into(&map, &mut data, u64::MAX));
         let mut back = vec![0; 9000];
         let from = Direction::FromFile;
         let moved = with(&mut back, |b| transfer(&file, b, 11_000, from));
@@ -207,11 +200,7 @@ mod tests {
         assert_eq!(moved.unwrap(), 1000, "the end of the file");
         let moved = with(&mut data, |b| transfer(&file, b, 5, Direction::ToFile));
         assert_eq!(moved.unwrap(), 9000);
-        assert!(with(&mut back, |b| map.read_into(
-            b,
-            5,
-            &mut Copier::default()
-        )));
+        assert!(read_into(&map, &mut back, 5));
         assert_eq!(back, data);
     }
 
@@ -220,22 +209,10 @@ mod tests {
         let file = file(20_000);
         let map = MappedFile::new(&file, 20_000, true).unwrap();
         let mut data = vec![1; 5000];
-        assert!(with(&mut data, |b| map.write_from(
-            b,
-            0,
-            &mut Copier::default()
-        )));
+        assert!(write_from(&map, &mut data, 0));
         ftruncate(&file, 6000).unwrap();
-        assert!(!with(&mut data, |b| map.write_from(
-            b,
-            5000,
-            &mut Copier::default()
-        )));
+        assert!(!write_from(&map, &mut data, 5000));
         assert!(!map.is_whole());
-        assert!(!with(&mut data, |b| map.read_into(
-            b,
-            0,
-            &mut Copier::default()
-        )));
+        assert!(!read_into(&map, &mut data, 0));
     }
 }

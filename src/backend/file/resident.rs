@@ -293,6 +293,14 @@ mod tests {
         f(&unsafe { Buffers::new(&segs) })
     }
 
+    fn read(r: &Resident, file: &File, into: &mut [u8], offset: u64) -> io::Result<usize> {
+        with(into, |b| r.read(file, b, offset, &mut Copier::default()))
+    }
+
+    fn write(r: &Resident, file: &File, from: &mut [u8], offset: u64) -> io::Result<usize> {
+        with(from, |b| r.write(file, b, offset, &mut Copier::default()))
+    }
+
     fn allocated(file: &File) -> u64 {
         use std::os::unix::fs::MetadataExt;
         file.metadata().unwrap().blocks() * 512
@@ -307,18 +315,12 @@ mod tests {
         let m = r.mapping.as_ref().unwrap();
         let mut data = vec![7; 4096];
         let at = 1000 << 12;
-        assert_eq!(
-            with(&mut data, |b| r.write(&file, b, at, &mut Copier::default())).unwrap(),
-            4096
-        );
-        let mut read = |page: u64| {
-            let copier = &mut Copier::default();
-            with(&mut data, |b| r.read(&file, b, page << 12, copier)).unwrap()
-        };
-        assert_eq!(read(5), 4096);
+        assert_eq!(write(&r, &file, &mut data, at).unwrap(), 4096);
+        let mut read_page = |page: u64| read(&r, &file, &mut data, page << 12).unwrap();
+        assert_eq!(read_page(5), 4096);
         assert!(m.hole.all(5..1000) && !m.hole.all(4..5) && !m.hole.all(1000..1001));
         assert!(m.there.all(1000..1001));
-        assert_eq!(read(1500), 4096);
+        assert_eq!(read_page(1500), 4096);
         assert!(m.hole.all(1500..2048) && !m.hole.all(1499..1500));
     }
 
@@ -330,56 +332,20 @@ mod tests {
         let m = r.mapping.as_ref().unwrap();
         let mut data = vec![7; 8192];
         for _ in 0..2 {
-            assert_eq!(
-                with(&mut data, |b| r.read(
-                    &file,
-                    b,
-                    4096,
-                    &mut Copier::default()
-                ))
-                .unwrap(),
-                8192
-            );
+            assert_eq!(read(&r, &file, &mut data, 4096).unwrap(), 8192);
             assert!(data.iter().all(|b| *b == 0));
         }
         assert_eq!(allocated(&file), 0);
         assert!(m.hole.all(1..3) && !m.there.all(1..2));
         data.fill(9);
-        assert_eq!(
-            with(&mut data, |b| r.write(
-                &file,
-                b,
-                4096,
-                &mut Copier::default()
-            ))
-            .unwrap(),
-            8192
-        );
+        assert_eq!(write(&r, &file, &mut data, 4096).unwrap(), 8192);
         assert!(m.there.all(1..3));
         data.fill(0);
-        assert_eq!(
-            with(&mut data, |b| r.read(
-                &file,
-                b,
-                6144,
-                &mut Copier::default()
-            ))
-            .unwrap(),
-            8192
-        );
+        assert_eq!(read(&r, &file, &mut data, 6144).unwrap(), 8192);
         assert_eq!((data[6143], data[6144]), (9, 0));
         // What others wrote is seen, as a page that was there or as one that was a hole.
         std::os::unix::fs::FileExt::write_all_at(&file, &[5; 12288], 4096).unwrap();
-        assert_eq!(
-            with(&mut data, |b| r.read(
-                &file,
-                b,
-                8192,
-                &mut Copier::default()
-            ))
-            .unwrap(),
-            8192
-        );
+        assert_eq!(read(&r, &file, &mut data, 8192).unwrap(), 8192);
         assert!(data.iter().all(|b| *b == 5));
         r.forget(4096..12288);
         assert!(!m.there.all(1..2));
@@ -390,38 +356,14 @@ mod tests {
         let file = file(1 << 20);
         let r = Resident::new(&file, 1 << 20, true);
         let mut data = vec![1; 1 << 20];
-        assert_eq!(
-            with(&mut data, |b| r.write(&file, b, 0, &mut Copier::default())).unwrap(),
-            1 << 20
-        );
+        assert_eq!(write(&r, &file, &mut data, 0).unwrap(), 1 << 20);
         file.set_len(8192).unwrap();
-        assert_eq!(
-            with(&mut data, |b| r.read(&file, b, 0, &mut Copier::default())).unwrap(),
-            8192
-        );
+        assert_eq!(read(&r, &file, &mut data, 0).unwrap(), 8192);
         assert!(!r.is_mapped());
         let mut data = vec![2; 8192];
-        assert_eq!(
-            with(&mut data, |b| r.write(
-                &file,
-                b,
-                8192,
-                &mut Copier::default()
-            ))
-            .unwrap(),
-            8192
-        );
+        assert_eq!(write(&r, &file, &mut data, 8192).unwrap(), 8192);
         assert_eq!(file.metadata().unwrap().len(), 16384);
-        assert_eq!(
-            with(&mut data, |b| r.read(
-                &file,
-                b,
-                4096,
-                &mut Copier::default()
-            ))
-            .unwrap(),
-            8192
-        );
+        assert_eq!(read(&r, &file, &mut data, 4096).unwrap(), 8192);
         assert_eq!((data[0], data[4096]), (1, 2));
     }
 }
